@@ -1,0 +1,59 @@
+"""Chooses the backend once; everything else receives it as an `Ops` argument."""
+
+import functools
+
+import torch
+
+from kernels import invariance, reference, torch_ops
+from kernels.ops import Ops
+from kernels.paged import PagedLayout
+
+__all__ = ["REFERENCE", "Ops", "select", "torch_cpu"]
+
+
+REFERENCE = Ops(
+    name="reference",
+    linear=reference.linear,
+    embedding=reference.embedding,
+    rms_norm=reference.rms_norm,
+    rotary=reference.rotary,
+    silu_gate=reference.silu_gate,
+    log_softmax=reference.log_softmax,
+    attention_varlen=reference.attention_varlen,
+    attention_prefix=reference.attention_prefix,
+    merge_attention=reference.merge_attention,
+    write_pages=reference.write_pages,
+    paged_layout=PagedLayout.build,
+    attention_paged=reference.attention_paged,
+)
+
+
+def torch_cpu(rule: invariance.RowRule) -> Ops:
+    """The torch CPU backend that pads rows by this rule."""
+    return Ops(
+        name=f"torch-cpu ({'oneDNN' if rule.onednn else 'torch'} linears of at least {rule.min_rows} rows, "
+        f"attention in multiples of {rule.row_multiple})",
+        linear=functools.partial(torch_ops.linear, product=rule.product, min_rows=rule.min_rows),
+        embedding=reference.embedding,
+        rms_norm=torch_ops.rms_norm,
+        rotary=reference.rotary,
+        silu_gate=torch_ops.silu_gate,
+        log_softmax=reference.log_softmax,
+        attention_varlen=torch_ops.attention_varlen,
+        attention_prefix=torch_ops.attention_prefix,
+        merge_attention=reference.merge_attention,
+        write_pages=torch_ops.write_pages,
+        paged_layout=torch_ops.paged_layout,
+        attention_paged=functools.partial(torch_ops.attention_paged, row_multiple=rule.row_multiple),
+    )
+
+
+def select(device: torch.device, dtype: torch.dtype) -> Ops:
+    """The backend for this device and compute dtype.
+
+    CPU in float32, bfloat16 or float16: the torch CPU backend with the row rule measured here (some
+    milliseconds). Everything else, float64 proofs among it: the reference.
+    """
+    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return torch_cpu(invariance.measure_row_rule(dtype))
+    return REFERENCE

@@ -1,0 +1,170 @@
+"""Measures on this CPU how rows must be padded so that a row's bits don't depend on its company; checks it.
+
+Libraries choose another kernel, with another order of summation, for a few rows: which counts are few depends
+on the CPU, so the rule is data measured at start, not a constant (`docs/kernels.md` has the findings).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import autograd, torch_ops
+from kernels.ops import Ops
+
+_CANDIDATES = (2, 4, 8, 16, 32)
+"""Least row counts tried. Not 1: a single row is a matrix-vector product, another kernel nearly everywhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowRule:
+    """How one dtype is computed on this CPU."""
+
+    onednn: bool
+    """Linears call oneDNN directly, else through torch."""
+    min_rows: int
+    """Least rows of a linear."""
+    row_multiple: int
+    """Attention products have a multiple of this many rows."""
+
+    @property
+    def product(self) -> autograd.Product:
+        """The matrix product of linears."""
+        return autograd.onednn_linear if self.onednn else F.linear
+
+
+def measure_row_rule(dtype: torch.dtype) -> RowRule:
+    """oneDNN if it knows the dtype, and the smallest padding under which the probes agree bitwise.
+
+    If no padding does, the largest candidate: `check_row_invariance` then says what still differs.
+    """
+    onednn = _has_onednn(dtype)
+    product = autograd.onednn_linear if onednn else F.linear
+    min_rows = next((c for c in _CANDIDATES if _linear_agrees(dtype, product, c)), _CANDIDATES[-1])
+    row_multiple = next((c for c in _CANDIDATES if c >= 4 and _attention_agrees(dtype, c)), _CANDIDATES[-1])
+    return RowRule(onednn=onednn, min_rows=min_rows, row_multiple=row_multiple)
+
+
+def _has_onednn(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    x_TK = _random(0, 2, 16, dtype=dtype)
+    try:
+        autograd.onednn_linear(x_TK, x_TK)
+    except RuntimeError:  # no kernel for this dtype on this CPU
+        return False
+    return True
+
+
+def _random(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def cancelling_factors(n: int, k: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [rows, k] and w [n, k] whose products are sums of k/2 pairs +p, -p in scattered places: exactly 0.
+
+    What comes out is the rounding error of the sum, so that another order of summation shows even after rounding to
+    bfloat16, which hides nearly all of them in ordinary data.
+    """
+    half_x, half_w = _random(n, rows, k // 2, dtype=dtype), _random(k, n, k // 2, dtype=dtype)
+    order = torch.randperm(2 * (k // 2), generator=torch.Generator().manual_seed(n + k))
+    x_TK, w_NK = torch.cat((half_x, half_x), 1)[:, order], torch.cat((half_w, -half_w), 1)[:, order]
+    return x_TK.contiguous(), w_NK.contiguous()
+
+
+def _linear_agrees(dtype: torch.dtype, product: autograd.Product, min_rows: int) -> bool:
+    for n, k in ((192, 576), (64, 1536), (54, 72), (8, 576), (16, 4096)):
+        x_TK, w_NK = cancelling_factors(n, k, 80, dtype)
+        expected = autograd.padded_linear(x_TK, w_NK, None, product, min_rows)
+        for rows in (1, 2, 3, 5, 9, 17, 33, 64):
+            got = autograd.padded_linear(x_TK[-rows:], w_NK, None, product, min_rows)
+            if not torch.equal(got, expected[-rows:]):
+                return False
+    return True
+
+
+def cancelling_cache(pages: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values [pages, 16, 2, 64]: key j + 64 repeats key j of each 128, its value is the opposite.
+
+    The weighted values of whole pairs cancel, as in `cancelling_factors`.
+    """
+    count = pages * 16 // 128 + 1
+    half_k, half_v = (_random(s, count, 64, 2, 64, dtype=dtype) for s in (4, 5))
+    keys, values = torch.cat((half_k, half_k), 1), torch.cat((half_v, -half_v), 1)
+    return tuple(t.flatten(0, 1)[: pages * 16].unflatten(0, (pages, 16)) for t in (keys, values))
+
+
+def _attention_agrees(dtype: torch.dtype, row_multiple: int) -> bool:
+    """One request of 600 tokens as one chunk, and pieces of it, with 5 query heads on 2 kv heads."""
+    q_TNH, caches = _random(0, 600, 5, 64, dtype=dtype), cancelling_cache(38, dtype)
+
+    def attend(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        layout = torch_ops.paged_layout([stop - start], [stop], [range(38)], page_size=16)
+        heads = (0, 0, 0, 1, 1)
+        return torch_ops.attention_paged(
+            q_TNH[start:stop], *caches, layout, kv_index=heads, scale=0.125, row_multiple=row_multiple
+        )
+
+    out, lse = attend(0, 600)
+    pieces = [(0, 1), (1, 2), (2, 9), (9, 42), (127, 128), (254, 263), (256, 257), (383, 384), (511, 514)]
+    for a, b in pieces:
+        part = attend(a, b)
+        if not (torch.equal(part[0], out[a:b]) and torch.equal(part[1], lse[a:b])):
+            return False
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowReport:
+    """What `check_row_invariance` found."""
+
+    checks: int
+    """Comparisons made."""
+    failures: tuple[str, ...]
+    """One line per op and row count whose bits differ from those of the same rows in a larger batch."""
+
+
+def check_row_invariance(ops: Ops, dtype: torch.dtype) -> RowReport:
+    """Compares rows alone and in batches bitwise, for every op of the serving path, at this thread count.
+
+    Takes well under a second. The threads of the batch and of the single rows are the caller's business:
+    `torch.set_num_threads` before the call.
+    """
+    failures, checks = [], 0
+    with torch.no_grad():
+        for name, total, counts, compute in _cases(ops, dtype):
+            expected = compute(0, total)
+            for rows in counts:
+                for start in {0, (total - rows) // 2, total - rows}:
+                    checks += 1
+                    if not torch.equal(compute(start, start + rows), expected[start : start + rows]):
+                        failures.append(f"{name}: rows {start}..{start + rows - 1} of {total}")
+    return RowReport(checks=checks, failures=tuple(failures))
+
+
+_Case = tuple[str, int, tuple[int, ...], Callable[[int, int], Tensor]]
+
+
+def _cases(ops: Ops, dtype: torch.dtype) -> Iterator[_Case]:
+    """(name, rows in the batch, row counts to compare, function of the first and one past the last row)."""
+    counts = (1, 2, 3, 5, 8, 17, 33, 64)
+    for n, k in ((576, 576), (192, 576), (576, 1536), (54, 72), (8, 576), (8, 8)):
+        x, w = cancelling_factors(n, k, 130, dtype)
+        yield f"linear {n}x{k}", 130, counts, lambda a, b, x=x, w=w: ops.linear(x[a:b], w)
+    for width in (576, 77):
+        x, y = _random(0, 300, width, dtype=dtype), _random(1, 300, width, dtype=dtype)
+        yield f"rms_norm {width}", 300, counts, lambda a, b, x=x, y=y: ops.rms_norm(x[a:b], y[0], 1e-5)
+        yield f"silu_gate {width}", 300, counts, lambda a, b, x=x, y=y: ops.silu_gate(x[a:b], y[a:b])
+        yield f"log_softmax {width}", 300, counts, lambda a, b, x=x: ops.log_softmax(x[a:b])
+    caches = cancelling_cache(38, dtype)
+    for heads in ((0, 0, 0, 1, 1, 1), (0, 1, 1)):
+        q = _random(2, 600, len(heads), 64, dtype=dtype)
+
+        def attend(start: int, stop: int, q: Tensor = q, heads: tuple[int, ...] = heads) -> Tensor:
+            layout = ops.paged_layout([stop - start], [stop], [range(38)], page_size=16)
+            out, lse = ops.attention_paged(q[start:stop], *caches, layout, kv_index=heads, scale=0.125)
+            return torch.cat((out.float(), lse[..., None]), -1)
+
+        yield f"attention_paged kv_index={heads}", 600, (1, 2, 7, 33, 257, 512), attend

@@ -1,0 +1,240 @@
+"""The spec of every op, in plain torch: any float dtype (float64 for proofs), differentiable, any device.
+
+Speed is not its business. `kernels.torch_ops`, the C++ and the CUDA kernels are compared with these
+functions.
+
+Shape letters: T packed tokens, B documents or chunks, D width, N query heads, K kv heads, H head dim, F ffn
+width, V vocab, P pages, S slots per page, M block-table width, L prefix length. In `linear` alone K, N are
+the two widths.
+
+Head sharing (GQA): query head n reads kv head `kv_index[n]`. `kv_index=None` means the usual even sharing
+`n // (N / K)`. A rank that holds query heads 5, 6 of a model with groups of three reads `kv_index=(0, 1)`.
+
+Empty attention: a query that sees no key has `out = 0`, `lse = -inf`, and merging such a part changes
+nothing.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.paged import PagedLayout
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32: the type in which norms, softmax and rotary angles are computed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_kv_index(num_heads: int, num_kv_heads: int, kv_index: Sequence[int] | None) -> tuple[int, ...]:
+    """The kv head of every query head as a tuple of `num_heads` entries; ValueError if it doesn't fit the shapes."""
+    if kv_index is None:
+        if num_heads % max(num_kv_heads, 1):
+            raise ValueError(
+                f"kv_index=None needs num_heads divisible by num_kv_heads, got {num_heads} and {num_kv_heads}; "
+                "pass kv_index"
+            )
+        return tuple(n * num_kv_heads // num_heads for n in range(num_heads))
+    if len(kv_index) != num_heads or any(not 0 <= k < num_kv_heads for k in kv_index):
+        raise ValueError(
+            f"kv_index={tuple(kv_index)} must hold {num_heads} entries (q has {num_heads} heads) "
+            f"in 0..{num_kv_heads - 1} (k has {num_kv_heads} heads)"
+        )
+    return tuple(kv_index)
+
+
+def check_attention(q_TNH: Tensor, keys: Tensor, values: Tensor) -> None:
+    """ValueError unless q, keys and values have one dtype and head dim, and keys and values one shape."""
+    shapes = f"q {tuple(q_TNH.shape)}, keys {tuple(keys.shape)} and values {tuple(values.shape)}"
+    if q_TNH.dim() != 3 or keys.shape != values.shape or keys.shape[-1] != q_TNH.shape[-1]:
+        raise ValueError(f"attention: {shapes} must share the head dim, keys and values the whole shape")
+    if not q_TNH.dtype == keys.dtype == values.dtype:
+        raise ValueError(f"attention: q is {q_TNH.dtype}, keys {keys.dtype}, values {values.dtype}; use one dtype")
+
+
+def check_bounds(cu_seqlens_B1: Sequence[int] | Tensor, num_tokens: int) -> tuple[int, ...]:
+    """cu_seqlens as a tuple of ints; ValueError unless it rises from 0 to the number of packed tokens."""
+    bounds = cu_seqlens_B1.tolist() if isinstance(cu_seqlens_B1, Tensor) else list(cu_seqlens_B1)
+    if not bounds or bounds[0] != 0 or bounds[-1] != num_tokens or any(a > b for a, b in itertools.pairwise(bounds)):
+        raise ValueError(f"cu_seqlens={bounds} must rise from 0 to the {num_tokens} packed tokens of q")
+    return tuple(bounds)
+
+
+def linear(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """`x @ w^T + bias` -> [T, N] in x.dtype; w and bias have the dtype of x."""
+    return F.linear(x_TK, w_NK, bias_N)
+
+
+def embedding(ids_T: Tensor, w_VD: Tensor) -> Tensor:
+    """Rows `w[ids]` -> [T, D] in w.dtype; ids are int32 or int64."""
+    return F.embedding(ids_T, w_VD)
+
+
+def rms_norm(x_TD: Tensor, w_D: Tensor, eps: float) -> Tensor:
+    """`w * (x / sqrt(mean(x^2) + eps))` -> [T, D] in x.dtype (arXiv:1910.07467, eq. 4).
+
+    The normalised value is computed in float32 (float64 for float64) and rounded to x.dtype *before* it is
+    multiplied by w, as transformers' LlamaRMSNorm does.
+    """
+    x = x_TD.to(working_dtype(x_TD.dtype))
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return w_D * x.to(x_TD.dtype)
+
+
+def rotary(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+    """Rotary embedding in the half-split ("neox") layout of transformers -> [T, N, H] in x.dtype.
+
+    `x * cos + rotate_half(x) * sin` with `rotate_half(x1, x2) = (-x2, x1)` on the two halves of H
+    (arXiv:2104.09864, eq. 34, with the pairs (i, i + H/2)). cos and sin repeat their halves; they are in the
+    working dtype of x, float32 for bfloat16 too: the product is rounded once.
+    """
+    x = x_TNH.to(cos_TH.dtype)
+    half = x.shape[-1] // 2
+    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return (x * cos_TH[:, None] + rotated * sin_TH[:, None]).to(x_TNH.dtype)
+
+
+def silu_gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    """`silu(gate) * up` -> [T, F] in gate.dtype (SwiGLU, arXiv:2002.05202, sec. 2), rounded once."""
+    work = working_dtype(gate_TF.dtype)
+    return (F.silu(gate_TF.to(work)) * up_TF.to(work)).to(gate_TF.dtype)
+
+
+def log_softmax(logits_BV: Tensor) -> Tensor:
+    """Log-probabilities over the last dim -> [B, V] in the working dtype (float32, or float64 for float64)."""
+    return torch.log_softmax(logits_BV.to(working_dtype(logits_BV.dtype)), dim=-1)
+
+
+def _attend(
+    q_TNH: Tensor, k_SNH: Tensor, v_SNH: Tensor, visible_TS: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Dense attention of T queries over S keys, one key per query head: (out [T, N, H], lse [T, N])."""
+    work = working_dtype(q_TNH.dtype)
+    scores = torch.einsum("tnh,snh->nts", q_TNH.to(work), k_SNH.to(work)) * scale
+    if visible_TS is not None:
+        scores = scores.masked_fill(~visible_TS, -torch.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - torch.where(lse.isneginf(), 0.0, lse)[..., None])
+    out = torch.einsum("nts,snh->tnh", weights, v_SNH.to(work))
+    return out.to(q_TNH.dtype), lse.transpose(0, 1)
+
+
+def attention_varlen(
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    cu_seqlens_B1: Sequence[int] | Tensor,
+    *,
+    kv_index: Sequence[int] | None = None,
+    window: int | None = None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention inside each packed document -> (out [T, N, H] in q.dtype, lse [T, N] in the working dtype).
+
+    `cu_seqlens` are integers on the host `0 = c_0 <= c_1 <= ... <= c_B = T`; document b is rows
+    c_b..c_{b+1}-1. Query i of a document sees keys j with `j <= i` and, with a window, `i - j < window`:
+
+        no window   window=2
+        1 0 0 0     1 0 0 0
+        1 1 0 0     1 1 0 0
+        1 1 1 0     0 1 1 0
+        1 1 1 1     0 0 1 1
+
+    `lse = log(sum_j exp(scale * q.k_j))`; both results are differentiable.
+    """
+    check_attention(q_TNH, k_TKH, v_TKH)
+    heads = list(check_kv_index(q_TNH.shape[1], k_TKH.shape[1], kv_index))
+    bounds = check_bounds(cu_seqlens_B1, q_TNH.shape[0])
+    outs, lses = [q_TNH[:0]], [q_TNH[:0, :, 0].to(working_dtype(q_TNH.dtype))]
+    for start, stop in itertools.pairwise(bounds):
+        i = torch.arange(stop - start, device=q_TNH.device)[:, None]
+        visible = i >= i.T if window is None else (i >= i.T) & (i - i.T < window)
+        k, v = k_TKH[start:stop, heads], v_TKH[start:stop, heads]
+        out, lse = _attend(q_TNH[start:stop], k, v, visible, scale)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(lses)
+
+
+def attention_prefix(
+    q_TNH: Tensor, k_LKH: Tensor, v_LKH: Tensor, *, kv_index: Sequence[int] | None = None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Every query attends every one of the L prefix entries -> (out [T, N, H], lse [T, N]), both differentiable.
+
+    The prefix segment of P-tuning v2 (arXiv:2110.07602, sec. 3.2): no causal mask, no window. L = 0 gives the
+    empty attention. Merge with the document part by `merge_attention`.
+    """
+    check_attention(q_TNH, k_LKH, v_LKH)
+    heads = list(check_kv_index(q_TNH.shape[1], k_LKH.shape[1], kv_index))
+    return _attend(q_TNH, k_LKH[:, heads], v_LKH[:, heads], None, scale)
+
+
+def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Attention over the union of disjoint key sets from the (out [T, N, H], lse [T, N]) of each -> (out, lse).
+
+    `lse = log(sum_i exp(lse_i))`, `out = sum_i exp(lse_i - lse) out_i`, summed in the order given (the merge
+    of flash-decoding and of ring attention, arXiv:2310.01889, sec. 3). Parts that saw no key (lse = -inf)
+    contribute exactly nothing.
+    """
+    work = working_dtype(parts[0][0].dtype)
+    top = parts[0][1].detach()
+    for _, lse in parts[1:]:
+        top = torch.maximum(top, lse.detach())
+    top = torch.where(top.isneginf(), 0.0, top)
+    weights = [torch.exp(lse - top) for _, lse in parts]
+    total = weights[0]
+    out = weights[0][..., None] * parts[0][0].to(work)
+    for weight, (part, _) in zip(weights[1:], parts[1:], strict=True):
+        total = total + weight
+        out = out + weight[..., None] * part.to(work)
+    none_seen = total == 0
+    out = out / torch.where(none_seen, 1.0, total)[..., None]
+    lse = torch.log(torch.where(none_seen, 1.0, total)) + top
+    return out.to(parts[0][0].dtype), torch.where(none_seen, -torch.inf, lse)
+
+
+def write_pages(
+    key_cache_PSKH: Tensor, value_cache_PSKH: Tensor, k_TKH: Tensor, v_TKH: Tensor, slots_T: Tensor
+) -> None:
+    """Stores k and v of T tokens in place at flat slots `page * S + slot` (int64, all different)."""
+    key_cache_PSKH.flatten(0, 1)[slots_T] = k_TKH.to(key_cache_PSKH.dtype)
+    value_cache_PSKH.flatten(0, 1)[slots_T] = v_TKH.to(value_cache_PSKH.dtype)
+
+
+def attention_paged(
+    q_TNH: Tensor,
+    key_cache_PSKH: Tensor,
+    value_cache_PSKH: Tensor,
+    layout: PagedLayout,
+    *,
+    kv_index: Sequence[int] | None = None,
+    window: int | None = None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the chunks of one serving step over their cached pages -> (out [T, N, H], lse [T, N]).
+
+    The chunk's own keys and values are already in the cache (`write_pages` comes first). The query at
+    position p of its request sees the positions `j <= p` (and `p - j < window`) of its request and every
+    entry of its prefix segment, if the chunk has one: the window doesn't apply to the prefix. Not
+    differentiable in the fast backends.
+    """
+    check_attention(q_TNH, key_cache_PSKH, value_cache_PSKH)
+    heads = list(check_kv_index(q_TNH.shape[1], key_cache_PSKH.shape[2], kv_index))
+    out_TNH = torch.zeros_like(q_TNH)
+    lse_TN = q_TNH.new_zeros(q_TNH.shape[:2], dtype=working_dtype(q_TNH.dtype))
+    keys, values = key_cache_PSKH.flatten(0, 1)[:, heads], value_cache_PSKH.flatten(0, 1)[:, heads]
+    for b in range(len(layout.kv_lengths)):
+        rows = slice(layout.query_starts[b], layout.query_starts[b + 1])
+        slots, length = layout.slots(b), layout.kv_lengths[b]
+        i = torch.arange(length - (rows.stop - rows.start), length, device=q_TNH.device)[:, None]
+        j = torch.arange(length, device=q_TNH.device)[None]
+        visible = j <= i if window is None else (j <= i) & (i - j < window)
+        part = _attend(q_TNH[rows], keys[slots], values[slots], visible, scale)
+        if layout.prefix_lengths[b]:
+            slots = layout.slots(b, prefix=True)
+            part = merge_attention((_attend(q_TNH[rows], keys[slots], values[slots], None, scale), part))
+        out_TNH[rows], lse_TN[rows] = part
+    return out_TNH, lse_TN

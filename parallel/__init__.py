@@ -1,0 +1,1 @@
+"""The sharded model: mesh and collectives, sharding, the decoder and its files, pipelines, adapters, checkpoints."""

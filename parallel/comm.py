@@ -1,0 +1,228 @@
+"""The only module that talks to torch.distributed: groups of ranks and counted collectives.
+
+A `Group` is a value: who takes part, where this rank stands, and the handle of the process group (None when
+the group has one rank: every collective is then a no-op and needs no initialised process group). Each call is
+entered in the mesh's `Traffic`, so that tests and reports can say which collectives ran, on which axis, with
+how many bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class PeerLost(RuntimeError):
+    """A collective failed because a rank of its group is gone or unreachable."""
+
+
+@dataclass
+class Traffic:
+    """Calls and payload bytes (this rank's input) by (operation, axis); the mesh owns the only mutable copy."""
+
+    calls: dict[tuple[str, str], int] = field(default_factory=dict)
+    bytes: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def add(self, op: str, axis: str, num_bytes: int) -> None:
+        """Counts one call of `op` over `axis` with `num_bytes` of payload."""
+        key = (op, axis)
+        self.calls[key] = self.calls.get(key, 0) + 1
+        self.bytes[key] = self.bytes.get(key, 0) + num_bytes
+
+    def clear(self) -> None:
+        """Starts counting afresh."""
+        self.calls.clear()
+        self.bytes.clear()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that communicate with each other: `ranks` are global, `rank` is this one's place among them."""
+
+    axis: str
+    rank: int = 0
+    ranks: tuple[int, ...] = (0,)
+    handle: dist.ProcessGroup | None = None
+    traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks in the group."""
+        return len(self.ranks)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the group's first."""
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this rank is the group's last."""
+        return self.rank == self.size - 1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher told this process: its global rank, the number of ranks, its place on the host."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    """Ranks on this host."""
+
+    @staticmethod
+    def from_environment() -> Launch:
+        """Reads RANK, WORLD_SIZE and LOCAL_RANK (set by torchrun); a plain process is rank 0 of 1."""
+        env = os.environ
+        return Launch(int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1")), int(env.get("LOCAL_RANK", "0")))
+
+
+def start(launch: Launch, timeout_s: float = 1800.0, init_method: str | None = None) -> None:
+    """Joins the job's process group (gloo on CPU, NCCL beside it where a GPU is); nothing to do for one rank."""
+    if launch.world_size == 1 or dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(
+        backend,
+        init_method=init_method,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+
+
+def stop() -> None:
+    """Leaves the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def new_handle(ranks: Sequence[int]) -> dist.ProcessGroup | None:
+    """A process group of `ranks`; every rank of the job must call this in the same order. None for one rank."""
+    if len(ranks) == 1:
+        return None
+    if len(ranks) == dist.get_world_size():
+        return dist.group.WORLD
+    handle = dist.new_group(list(ranks))
+    return handle if isinstance(handle, dist.ProcessGroup) else None
+
+
+@contextmanager
+def _named(op: str, group: Group) -> Iterator[None]:
+    """Turns a transport failure into one that names the operation, the axis and the peers."""
+    try:
+        yield
+    except RuntimeError as error:
+        peers = [rank for rank in group.ranks if rank != group.ranks[group.rank]]
+        who = f"rank {peers[0]}" if len(peers) == 1 else f"one of the ranks {peers}"
+        raise PeerLost(
+            f"[rank {group.ranks[group.rank]} on {socket.gethostname()}] {op} over the {group.axis} axis failed: "
+            f"lost {who} ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def all_reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
+    """Reduces contiguous `x` in place over the group (`sum` or `max`) and returns it."""
+    if group.size == 1:
+        return x
+    group.traffic.add("all_reduce", group.axis, x.nbytes)
+    with _named("all_reduce", group):
+        dist.all_reduce(x, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=group.handle)
+    return x
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A collective under way; `wait()` before touching the tensor again."""
+
+    op: str
+    group: Group
+    work: dist.Work | None
+    keep: Tensor | None = None  # a send's buffer must outlive the transfer
+
+    def wait(self) -> None:
+        """Blocks until the operation is complete on this rank."""
+        if self.work is not None:
+            with _named(self.op, self.group):
+                self.work.wait()
+
+
+def all_reduce_start(x: Tensor, group: Group) -> Pending:
+    """Begins a sum of contiguous `x` in place over the group."""
+    if group.size == 1:
+        return Pending("all_reduce", group, None)
+    group.traffic.add("all_reduce", group.axis, x.nbytes)
+    with _named("all_reduce", group):
+        work = dist.all_reduce(x, dist.ReduceOp.SUM, group=group.handle, async_op=True)
+    return Pending("all_reduce", group, work)
+
+
+def all_gather(x: Tensor, group: Group, sizes: Sequence[int], dim: int) -> Tensor:
+    """Concatenates every rank's `x` along `dim`; `sizes` are the ranks' lengths there and may differ.
+
+    Uneven parts travel padded to the longest one (gloo takes equal shapes only).
+    """
+    if group.size == 1:
+        return x
+    longest = max(sizes)
+    front = x.movedim(dim, 0)
+    part = front.new_zeros((longest, *front.shape[1:]))
+    part[: front.shape[0]] = front
+    group.traffic.add("all_gather", group.axis, part.nbytes)
+    parts = [torch.empty_like(part) for _ in sizes]
+    with _named("all_gather", group):
+        dist.all_gather(parts, part, group=group.handle)
+    return torch.cat([p[:size] for p, size in zip(parts, sizes, strict=True)]).movedim(0, dim)
+
+
+def broadcast(x: Tensor, group: Group, source: int = 0) -> Tensor:
+    """Overwrites contiguous `x` with that of the group's rank `source`."""
+    if group.size == 1:
+        return x
+    group.traffic.add("broadcast", group.axis, x.nbytes)
+    with _named("broadcast", group):
+        dist.broadcast(x, group.ranks[source], group=group.handle)
+    return x
+
+
+def broadcast_bytes(payload: bytes, group: Group, source: int = 0) -> bytes:
+    """Returns the group's rank `source`'s payload on every rank (two broadcasts: length, then bytes)."""
+    if group.size == 1:
+        return payload
+    length = broadcast(torch.tensor([len(payload)], dtype=torch.int64), group, source)
+    if group.rank == source:
+        data = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else torch.empty(0, dtype=torch.uint8)
+    else:
+        data = torch.empty(int(length.item()), dtype=torch.uint8)
+    return bytes(broadcast(data, group, source).numpy()) if int(length.item()) else b""
+
+
+def send_start(x: Tensor, group: Group, to: int) -> Pending:
+    """Begins sending contiguous `x` to the group's rank `to`."""
+    group.traffic.add("send", group.axis, x.nbytes)
+    with _named("send", group):
+        work = dist.isend(x, group.ranks[to], group=group.handle)
+    return Pending("send", group, work, x)
+
+
+def receive_start(x: Tensor, group: Group, source: int) -> Pending:
+    """Begins receiving into contiguous `x` from the group's rank `source`; messages of a pair arrive in order."""
+    with _named("receive", group):
+        work = dist.irecv(x, group.ranks[source], group=group.handle)
+    return Pending("receive", group, work, x)
+
+
+def barrier(group: Group) -> None:
+    """Returns once every rank of the group has called it."""
+    if group.size > 1:
+        with _named("barrier", group):
+            dist.barrier(group=group.handle)

@@ -1,0 +1,172 @@
+"""Gradients in flat buckets: accumulated in place, summed over replicas while the backward pass still runs.
+
+Every parameter's `.grad` is a view into a bucket. A bucket is summed over its group as soon as the last of its
+gradients is final and all buckets before it were started (every rank thus starts them in the same order):
+
+    reduce     group                      what it completes
+    none       data + context             the sum over the rows of other ranks
+    tensor     data + context + tensor    also the partial sums of replicated factors (LoRA)
+
+What rarely occurs is added afterwards, in canonical order: KV heads that live on several tensor ranks (overlap),
+tied embeddings (first and last stage), parameters replicated over pipeline stages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from parallel import comm
+from parallel.comm import Group, Pending
+from parallel.mesh import Mesh
+from parallel.sharding import Spec
+
+BUCKET_BYTES = 16 << 20
+
+Placed = tuple[Spec, nn.Parameter]
+
+
+@dataclass
+class _Bucket:
+    flat: Tensor
+    group: Group
+    size: int
+    """Number of parameters."""
+    ready: int = 0
+    pending: Pending | None = None
+
+
+@dataclass
+class Gradients:
+    """The buckets of one model's trainable parameters. Build it once; per step: zero, backward, finish."""
+
+    mesh: Mesh
+    placed: Sequence[Placed]
+    """Trainable parameters with their placements."""
+    overlapped: bool = True
+    """False where gradients arrive after the backward pass (reparameterised prefixes)."""
+    _buckets: list[_Bucket] = field(default_factory=list)
+    _last: bool = False
+    _started: int = 0
+
+    def __post_init__(self) -> None:
+        # the backward pass finishes the last layers first, so buckets go from last to first
+        for group, members in self._by_group():
+            for run in _runs(list(reversed(members))):
+                self._add_bucket(group, run)
+
+    def _by_group(self) -> Iterable[tuple[Group, list[Placed]]]:
+        plain = [(s, p) for s, p in self.placed if s.reduce != "tensor"]
+        partial = [(s, p) for s, p in self.placed if s.reduce == "tensor"]
+        return [(g, m) for g, m in ((self.mesh.replicas, plain), (self.mesh.replicas_tensor, partial)) if m]
+
+    def _add_bucket(self, group: Group, members: list[Placed]) -> None:
+        flat = torch.zeros(sum(p.numel() for _, p in members), dtype=members[0][1].dtype)
+        bucket = _Bucket(flat, group, len(members))
+        at = 0
+        for spec, parameter in members:
+            # the fused optimizer walks parameter and gradient in memory order
+            assert parameter.is_contiguous(), f"{spec.name} is a view with gaps"
+            parameter.grad = flat[at : at + parameter.numel()].view_as(parameter)
+            at += parameter.numel()
+            if self.overlapped:
+                parameter.register_post_accumulate_grad_hook(lambda _, b=bucket: self._arrived(b))
+        self._buckets.append(bucket)
+
+    def zero(self) -> None:
+        """Clears all gradients and readiness; call before a step's first backward."""
+        self._last, self._started = False, 0
+        for bucket in self._buckets:
+            bucket.flat.zero_()
+            bucket.ready, bucket.pending = 0, None
+
+    def last_microbatch(self) -> None:
+        """From now on a gradient that is accumulated is final: sums may start."""
+        self._last = True
+
+    def _arrived(self, bucket: _Bucket) -> None:
+        if not self._last:
+            return
+        bucket.ready += 1
+        while self._started < len(self._buckets):
+            first = self._buckets[self._started]
+            if first.ready < first.size:
+                break
+            self._start_next()
+
+    def _start_next(self) -> None:
+        bucket = self._buckets[self._started]
+        bucket.pending = comm.all_reduce_start(bucket.flat, bucket.group)
+        self._started += 1
+
+    def finish(self) -> None:
+        """Completes every gradient: the sum over all tokens of the step, whole on every rank that holds it."""
+        while self._started < len(self._buckets):
+            self._start_next()
+        for bucket in self._buckets:
+            assert bucket.pending is not None
+            bucket.pending.wait()
+        self._sum_overlaps()
+        for spec, parameter in self.placed:
+            assert parameter.grad is not None
+            if spec.tied:
+                comm.all_reduce(parameter.grad, self.mesh.ends)
+            if spec.pipeline_sum:
+                comm.all_reduce(parameter.grad, self.mesh.pipeline)
+
+    def _sum_overlaps(self) -> None:
+        """One all-reduce of the full tensors of every KV parameter whose heads live on several ranks."""
+        shared = [(spec, p) for spec, p in self.placed if spec.reduce == "overlap"]
+        if not shared:
+            return
+        flat = torch.zeros(sum(math.prod(spec.shape) for spec, _ in shared), dtype=shared[0][1].dtype)
+        fulls = [
+            f.view(s.shape)
+            for f, (s, _) in zip(flat.split([math.prod(s.shape) for s, _ in shared]), shared, strict=True)
+        ]
+        for full, (spec, parameter) in zip(fulls, shared, strict=True):
+            assert parameter.grad is not None
+            full[spec.index] = parameter.grad
+        comm.all_reduce(flat, self.mesh.tensor)
+        for full, (spec, parameter) in zip(fulls, shared, strict=True):
+            assert parameter.grad is not None
+            parameter.grad.copy_(full[spec.index])
+
+    def norm(self, names: Sequence[str]) -> float:
+        """Euclidean norm of the full gradient, in float64.
+
+        names: the full names of all trainable parameters of the whole model in canonical order, the same on every
+        rank. Each full parameter's sum of squares is gathered over the model's ranks, then added in that order.
+        """
+        position = {name: i for i, name in enumerate(names)}
+        squares = torch.zeros(len(names), dtype=torch.float64)
+        for spec, parameter in self.placed:
+            if spec.owned is None:
+                continue
+            assert parameter.grad is not None
+            offset = [slice(o.start - i.start, o.stop - i.start) for o, i in zip(spec.owned, spec.index, strict=True)]
+            squares[position[spec.name]] += parameter.grad[tuple(offset)].double().square().sum()
+        comm.all_reduce(squares, self.mesh.model)
+        return math.sqrt(math.fsum(squares.tolist()))
+
+    def scale(self, factor: float) -> None:
+        """Multiplies every gradient."""
+        for bucket in self._buckets:
+            bucket.flat.mul_(factor)
+
+
+def _runs(members: list[Placed]) -> list[list[Placed]]:
+    """Cuts the list into buckets of at least BUCKET_BYTES (but the last)."""
+    runs: list[list[Placed]] = [[]]
+    size = 0
+    for spec, parameter in members:
+        runs[-1].append((spec, parameter))
+        size += parameter.nbytes
+        if size >= BUCKET_BYTES:
+            runs.append([])
+            size = 0
+    return [run for run in runs if run]

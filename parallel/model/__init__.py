@@ -1,0 +1,1 @@
+"""The decoder, and where its weights, configuration, tokenizer and chat template come from."""

@@ -1,0 +1,56 @@
+"""Attention of a training or evaluation step: packed documents, optionally behind a P-tuning v2 prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from conf.schema import Architecture
+from kernels.dispatch import Ops
+from parallel.sharding import Cut
+
+
+def window_of(architecture: Architecture, layer: int) -> int | None:
+    """Sliding window of a layer (a query sees itself and the window - 1 tokens before it), None for all tokens."""
+    if architecture.sliding_window is None:
+        return None
+    if architecture.window_layers is not None and not architecture.window_layers[layer]:
+        return None
+    return architecture.sliding_window
+
+
+@dataclass(frozen=True)
+class DocumentAttend:
+    """Causal attention inside each packed document; no token sees another document."""
+
+    architecture: Architecture
+    here: Cut
+    ops: Ops
+    cu_seqlens: Sequence[int]
+    """Host integers [B + 1]; document b is tokens cu_seqlens[b] .. cu_seqlens[b + 1] - 1."""
+    prefix: Sequence[tuple[Tensor, Tensor]] | None = None
+    """Per local layer the prefix's keys and values [P, K/tp, H], seen by every token, without rotary."""
+    first_layer: int = 0
+    """Global number of this stage's first layer, where `prefix` starts."""
+
+    def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        """[T, N/tp, H] in q's dtype."""
+        scale = self.architecture.head_dim**-0.5
+        out, lse = self.ops.attention_varlen(
+            q_TNH,
+            k_TKH,
+            v_TKH,
+            self.cu_seqlens,
+            kv_index=self.here.kv_index,
+            window=window_of(self.architecture, layer),
+            scale=scale,
+        )
+        if self.prefix is None:
+            return out
+        key, value = self.prefix[layer - self.first_layer]
+        part = self.ops.attention_prefix(
+            q_TNH, key.to(q_TNH.dtype), value.to(q_TNH.dtype), kv_index=self.here.kv_index, scale=scale
+        )
+        return self.ops.merge_attention((part, (out, lse)))[0]

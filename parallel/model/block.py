@@ -1,0 +1,68 @@
+"""One transformer block of the Llama family on this rank's cut of heads and ffn columns."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from parallel import regions
+from parallel.model.step import Step
+from parallel.tensor import Build, Linear, Norm
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: q, k, v column-parallel by heads, o row-parallel."""
+
+    def __init__(self, build: Build, name: str, layer: int) -> None:
+        super().__init__()
+        a = build.architecture
+        self.layer, self.ops, self.head_dim = layer, build.ops, a.head_dim
+        q_width, kv_width = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+        self.q_proj = Linear(build, f"{name}.q_proj", q_width, a.width, bias=a.qkv_bias, row=False)
+        self.k_proj = Linear(build, f"{name}.k_proj", kv_width, a.width, bias=a.qkv_bias, row=False)
+        self.v_proj = Linear(build, f"{name}.v_proj", kv_width, a.width, bias=a.qkv_bias, row=False)
+        self.o_proj = Linear(build, f"{name}.o_proj", a.width, q_width, bias=a.output_bias, row=True)
+
+    def forward(self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], step: Step) -> Tensor:
+        """[T, D] inside the tensor region -> [T, D] summed over the tensor axis."""
+        q_TNH = self.q_proj(x_TD, step).unflatten(-1, (-1, self.head_dim))
+        k_TKH = self.k_proj(x_TD, step).unflatten(-1, (-1, self.head_dim))
+        v_TKH = self.v_proj(x_TD, step).unflatten(-1, (-1, self.head_dim))
+        q_TNH, k_TKH = self.ops.rotary(q_TNH, *rotary), self.ops.rotary(k_TKH, *rotary)
+        out_TNH = step.attend(self.layer, q_TNH, k_TKH, v_TKH)
+        return self.o_proj(out_TNH.flatten(1), step)
+
+
+class GatedMlp(nn.Module):
+    """SwiGLU feed-forward (arXiv:2002.05202): gate and up column-parallel, down row-parallel."""
+
+    def __init__(self, build: Build, name: str) -> None:
+        super().__init__()
+        a = build.architecture
+        self.ops = build.ops
+        self.gate_proj = Linear(build, f"{name}.gate_proj", a.ffn_width, a.width, bias=a.mlp_bias, row=False)
+        self.up_proj = Linear(build, f"{name}.up_proj", a.ffn_width, a.width, bias=a.mlp_bias, row=False)
+        self.down_proj = Linear(build, f"{name}.down_proj", a.width, a.ffn_width, bias=a.mlp_bias, row=True)
+
+    def forward(self, x_TD: Tensor, step: Step) -> Tensor:
+        """[T, D] inside the tensor region -> [T, D] summed over the tensor axis."""
+        return self.down_proj(self.ops.silu_gate(self.gate_proj(x_TD, step), self.up_proj(x_TD, step)), step)
+
+
+class Block(nn.Module):
+    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, build: Build, layer: int) -> None:
+        super().__init__()
+        name = f"model.layers.{layer}"
+        self.tensor = build.tensor
+        self.input_layernorm = Norm(build, f"{name}.input_layernorm")
+        self.self_attn = Attention(build, f"{name}.self_attn", layer)
+        self.post_attention_layernorm = Norm(build, f"{name}.post_attention_layernorm")
+        self.mlp = GatedMlp(build, f"{name}.mlp")
+
+    def forward(self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], step: Step) -> Tensor:
+        """[T, D] -> [T, D], replicated over the tensor axis."""
+        h_TD = regions.enter(self.input_layernorm(x_TD), self.tensor)
+        x_TD = x_TD + self.self_attn(h_TD, rotary, step)
+        h_TD = regions.enter(self.post_attention_layernorm(x_TD), self.tensor)
+        return x_TD + self.mlp(h_TD, step)

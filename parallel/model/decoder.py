@@ -1,0 +1,108 @@
+"""The decoder of the Llama family, written once: one process, any mesh, training and serving.
+
+A pipeline stage is the same class with parts absent: the first stage embeds ids, the others take hidden states,
+the last one ends in the final norm. Layer names never renumber.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from parallel.model import rope
+from parallel.model.block import Block
+from parallel.model.step import Step
+from parallel.sharding import Spec
+from parallel.tensor import Build, Embedding, Norm
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Which part of the model a pipeline rank holds: layers [start, stop), of `num_layers`."""
+
+    start: int
+    stop: int
+    num_layers: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this stage embeds the ids."""
+        return self.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this stage ends in the final norm and the head."""
+        return self.stop == self.num_layers
+
+
+class Head(nn.Module):
+    """An untied output matrix, cut by vocabulary rows; `logits` and `loss` use its weight."""
+
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        a = build.architecture
+        spec, self.weight = build.parameter("lm_head.weight", a.vocab_size, a.width)
+        self.specs = {"weight": spec}
+
+
+class Decoder(nn.Module):
+    """`forward(x, step)` runs this stage; `head_weight` is what logits and loss multiply the result with."""
+
+    def __init__(self, build: Build, stage: Stage) -> None:
+        super().__init__()
+        self.stage, self.ops, self.dtype = stage, build.ops, build.dtype
+        self.architecture, self.here, self.tensor = build.architecture, build.here, build.tensor
+        self.rope_frequency, self.rope_factor = rope.frequencies(build.architecture)
+        tied = build.architecture.tied_embeddings
+        holds_embedding = stage.is_first or (stage.is_last and tied)
+        self.embed_tokens = Embedding(build, "model.embed_tokens") if holds_embedding else None
+        self.layers = nn.ModuleDict({str(i): Block(build, i) for i in range(stage.start, stage.stop)})
+        self.norm = Norm(build, "model.norm") if stage.is_last else None
+        self.lm_head = Head(build) if stage.is_last and not tied else None
+        if tied and self.embed_tokens is not None and not (stage.is_first and stage.is_last):
+            spec = self.embed_tokens.specs["weight"]
+            self.embed_tokens.specs["weight"] = replace(spec, tied=True, owned=spec.owned if stage.is_first else None)
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """[V/tp, D]: this rank's rows of the output matrix (the embedding's when tied); last stage only."""
+        holder = self.lm_head if self.lm_head is not None else self.embed_tokens
+        assert holder is not None and self.stage.is_last
+        return holder.weight
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """Runs this stage's layers.
+
+        x: int64 ids [T] on the first stage, hidden states [T, D] on the others. Returns hidden states [T, D], or on
+        the last stage the normed states of `step.rows` [rows, D].
+        """
+        if self.stage.is_first:
+            assert self.embed_tokens is not None
+            x = self.embed_tokens(x)
+        rotary = rope.angles(step.position_T, self.rope_frequency, self.rope_factor, self.dtype)
+        for layer in self.layers.values():
+            if step.recompute:
+                x = checkpoint(layer, x, rotary, step, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, rotary, step)
+        if self.norm is None:
+            return x
+        return self.norm(x if step.rows is None else x[step.rows])
+
+    def logits(self, hidden_BD: Tensor) -> Tensor:
+        """[B, V/tp]: this rank's columns of the logits of normed states, in the compute dtype; last stage only."""
+        return self.ops.linear(hidden_BD, self.head_weight.to(hidden_BD.dtype), None)
+
+    def placed(self) -> Iterator[tuple[Spec, nn.Parameter]]:
+        """Every parameter of this rank with its placement, adapters included, in construction order."""
+        return placed(self)
+
+
+def placed(module: nn.Module) -> Iterator[tuple[Spec, nn.Parameter]]:
+    """Every (placement, parameter) below `module`; modules declare theirs in a dict `specs`."""
+    for child in module.modules():
+        for name, spec in getattr(child, "specs", {}).items():
+            yield spec, getattr(child, name)

@@ -1,0 +1,56 @@
+"""A rank's part of the decoder, read from model files: the same call in training and in serving."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from conf.schema import Architecture
+from kernels.dispatch import Ops
+from parallel.mesh import Mesh
+from parallel.model.decoder import Decoder, Stage
+from parallel.sharding import Index, Spec, cut
+from parallel.tensor import Build
+
+
+class Weights(Protocol):
+    """What a decoder is built from; `parallel.model.source` opens it."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """Shape of the model."""
+        ...
+
+    def read(self, name: str, index: Index, dtype: torch.dtype) -> Tensor:
+        """The block `full[index]` of parameter `name`; reads only its bytes."""
+        ...
+
+
+def stage_of(stages: Sequence[int], rank: int) -> Stage:
+    """The layers of pipeline rank `rank` when stage i holds `stages[i]` layers."""
+    ends = list(accumulate(stages))
+    return Stage(ends[rank] - stages[rank], ends[rank], ends[-1])
+
+
+def build_decoder(
+    weights: Weights, mesh: Mesh, stages: Sequence[int], *, dtype: torch.dtype, ops: Ops, trainable: bool
+) -> Decoder:
+    """This rank's decoder; reads only the bytes of its own blocks. `stages` are layers per pipeline stage."""
+
+    def read(spec: Spec, stored: torch.dtype) -> Tensor:
+        return weights.read(spec.name, spec.index, stored)
+
+    build = Build(
+        architecture=weights.architecture,
+        here=cut(weights.architecture, mesh.tensor.size, mesh.tensor.rank),
+        tensor=mesh.tensor,
+        ops=ops,
+        dtype=dtype,
+        trainable=trainable,
+        read=read,
+    )
+    return Decoder(build, stage_of(stages, mesh.pipeline.rank))

@@ -1,0 +1,47 @@
+"""What one forward pass of the decoder is about, as plain frozen data.
+
+Training, evaluation and paged serving run the same decoder; they differ only in the `Step` they build.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from parallel.randomness import DropoutKey
+
+
+class Attend(Protocol):
+    """Attention of this step's tokens; knows where keys and values are kept and who sees what."""
+
+    def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        """Attends in global layer `layer` with local heads, rotary applied -> [T, N, H] in q's dtype."""
+        ...
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens [start, stop) of the step use the adapter in `slot`."""
+
+    start: int
+    stop: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """Arguments of `Decoder.forward` beside the tokens themselves."""
+
+    position_T: Tensor
+    """int64 [T]: rotary position of each token."""
+    attend: Attend
+    adapters: tuple[Segment, ...] = ()
+    """Disjoint, ascending; tokens outside every segment use the plain model."""
+    rows: Tensor | None = None
+    """int64: tokens whose last hidden state is wanted, None for all."""
+    dropout: DropoutKey | None = None
+    """None in evaluation and serving: no dropout."""
+    recompute: bool = False
+    """Keep only each block's input and recompute the rest in the backward pass."""

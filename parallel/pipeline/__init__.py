@@ -1,0 +1,1 @@
+"""Pipeline parallelism: schedules as data (`plan`), their execution (`run`) and their pictures (`show`)."""

@@ -1,0 +1,157 @@
+"""Tensor-parallel layers: linears cut by rows or columns, and the vocabulary-parallel embedding.
+
+Scheme of Megatron-LM (arXiv:1909.08053, sec. 3): a column-parallel linear makes this rank's heads or ffn columns
+from replicated input, a row-parallel one turns them into a partial sum that `regions.leave` completes. Cuts may be
+uneven; weights hold exactly this rank's block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from conf.schema import Architecture
+from kernels.dispatch import Ops
+from parallel import regions
+from parallel.comm import Group
+from parallel.model.step import Segment, Step
+from parallel.randomness import keep_mask
+from parallel.sharding import Cut, Spec, place
+
+
+@dataclass(frozen=True)
+class Build:
+    """Everything a layer needs to come into being on this rank."""
+
+    architecture: Architecture
+    here: Cut
+    tensor: Group
+    ops: Ops
+    dtype: torch.dtype
+    """Compute dtype; frozen weights are stored in it."""
+    trainable: bool
+    """Whether the model's own weights train (then they are stored in `master_dtype`)."""
+    read: Callable[[Spec, torch.dtype], Tensor]
+    """Returns the block of a parameter; reads nothing else."""
+
+    def parameter(self, name: str, *shape: int) -> tuple[Spec, nn.Parameter]:
+        """This rank's block of the model's parameter `name` with full `shape`."""
+        spec = place(name, shape, self.architecture, self.here)
+        stored = master_dtype(self.dtype) if self.trainable else self.dtype
+        return spec, nn.Parameter(self.read(spec, stored), requires_grad=self.trainable)
+
+
+def master_dtype(compute: torch.dtype) -> torch.dtype:
+    """dtype in which trainable parameters and optimizer state live: float32, or float64 for proofs."""
+    return torch.float64 if compute == torch.float64 else torch.float32
+
+
+class Lora(nn.Module):
+    """The low-rank update `scale * (x A^T) B^T` of one linear (LoRA, arXiv:2106.09685, sec. 4.1), as cut here."""
+
+    def __init__(
+        self,
+        a_RK: nn.Parameter,
+        b_NR: nn.Parameter,
+        specs: tuple[Spec, Spec],
+        *,
+        scale: float,
+        rate: float,
+        ops: Ops,
+    ) -> None:
+        super().__init__()
+        self.a_RK, self.b_NR = a_RK, b_NR
+        self.specs = {"a_RK": specs[0], "b_NR": specs[1]}
+        self.scale, self.rate, self.ops = scale, rate, ops
+
+    def forward(self, x_TK: Tensor, step: Step) -> Tensor:
+        """The update [T, N] in x's dtype; partial where the linear is row-parallel."""
+        if self.rate > 0 and step.dropout is not None:
+            first = self.specs["a_RK"].index[1].start
+            keep = keep_mask(step.dropout, self.specs["a_RK"].name, first, x_TK.shape[1], self.rate)
+            x_TK = torch.where(keep, x_TK / (1 - self.rate), 0.0)
+        hidden_TR = self.ops.linear(x_TK, self.a_RK.to(x_TK.dtype), None)
+        return self.ops.linear(hidden_TR, self.b_NR.to(x_TK.dtype), None) * self.scale
+
+
+class Linear(nn.Module):
+    """`y = x W^T (+ bias)` on this rank's block, with adapters.
+
+    Column-parallel: x [T, K] replicated (inside `regions.enter`), y [T, N/tp]. Row-parallel: x [T, K/tp], y [T, N]
+    summed over the tensor axis (one all-reduce of T * N elements), bias added once after it.
+    """
+
+    def __init__(self, build: Build, name: str, out_width: int, in_width: int, *, bias: bool, row: bool) -> None:
+        super().__init__()
+        self.ops, self.tensor, self.row, self.name = build.ops, build.tensor, row, name
+        spec, self.weight = build.parameter(f"{name}.weight", out_width, in_width)
+        self.specs = {"weight": spec}
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.specs["bias"], self.bias = build.parameter(f"{name}.bias", out_width)
+        self.adapters = nn.ModuleDict()
+
+    def forward(self, x_TK: Tensor, step: Step) -> Tensor:
+        """[T, K] -> [T, N], local or reduced as the class says."""
+        bias = None if self.bias is None else self.bias.to(x_TK.dtype)
+        y_TN = self.ops.linear(x_TK, self.weight.to(x_TK.dtype), None if self.row else bias)
+        y_TN = self._with_adapters(x_TK, y_TN, step)
+        if not self.row:
+            return y_TN
+        y_TN = regions.leave(y_TN, self.tensor)
+        return y_TN if bias is None else y_TN + bias
+
+    def _with_adapters(self, x_TK: Tensor, y_TN: Tensor, step: Step) -> Tensor:
+        live = [segment for segment in step.adapters if str(segment.slot) in self.adapters]
+        if not live:
+            return y_TN
+        if live[0].start == 0 and live[0].stop == x_TK.shape[0]:
+            return y_TN + self._update(x_TK, live[0], step)
+        pieces: list[Tensor] = []
+        done = 0
+        for segment in live:
+            pieces.append(y_TN[done : segment.start])
+            pieces.append(y_TN[segment.start : segment.stop] + self._update(x_TK, segment, step))
+            done = segment.stop
+        pieces.append(y_TN[done:])
+        return torch.cat(pieces)
+
+    def _update(self, x_TK: Tensor, segment: Segment, step: Step) -> Tensor:
+        return self.adapters[str(segment.slot)](x_TK[segment.start : segment.stop], step)
+
+
+class Embedding(nn.Module):
+    """Vocabulary-parallel embedding: each rank looks up the ids it holds, the rest are zeros, then a sum."""
+
+    def __init__(self, build: Build, name: str) -> None:
+        super().__init__()
+        architecture = build.architecture
+        self.ops, self.tensor, self.dtype = build.ops, build.tensor, build.dtype
+        self.start, self.stop = build.here.vocab
+        spec, self.weight = build.parameter(f"{name}.weight", architecture.vocab_size, architecture.width)
+        self.specs = {"weight": spec}
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        """int64 [T] -> [T, D] in the compute dtype, replicated (one all-reduce of T * D elements)."""
+        if self.tensor.size == 1:
+            return self.ops.embedding(ids_T, self.weight).to(self.dtype)
+        here = (ids_T >= self.start) & (ids_T < self.stop)
+        x_TD = self.ops.embedding(torch.where(here, ids_T - self.start, 0), self.weight).to(self.dtype)
+        return regions.leave(torch.where(here[:, None], x_TD, 0.0), self.tensor)
+
+
+class Norm(nn.Module):
+    """RMSNorm with a replicated weight; its gradient is whole on every tensor rank."""
+
+    def __init__(self, build: Build, name: str) -> None:
+        super().__init__()
+        self.ops, self.eps = build.ops, build.architecture.norm_eps
+        spec, self.weight = build.parameter(f"{name}.weight", build.architecture.width)
+        self.specs = {"weight": spec}
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D] -> [T, D] in x's dtype."""
+        return self.ops.rms_norm(x_TD, self.weight.to(x_TD.dtype), self.eps)
