@@ -1,0 +1,167 @@
+"""Short training runs on random models and ragged random rows, under any layout, for parity tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from conf.schema import (
+    Architecture,
+    Config,
+    DataConf,
+    ModelConf,
+    OptimConf,
+    ParallelConf,
+    TrainConf,
+    TuneConf,
+)
+from kernels import dispatch
+from parallel.comm import Launch
+from parallel.mesh import Mesh
+from parallel.sharding import Spec
+from tests.models import TINY, RandomWeights
+from tests.ranks import on_ranks
+from train.data import Row
+from train.model import build_model
+from train.step import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A training run: what, how long, under which layout."""
+
+    data: int = 1
+    pipeline: int = 1
+    tensor: int = 1
+    schedule: str = "1f1b"
+    microbatches: int = 1
+    stages: tuple[int, ...] | None = None
+    recompute: str = "none"
+    packing: bool = True
+    tune: TuneConf = field(default_factory=lambda: TuneConf(kind="full"))
+    optim: OptimConf = field(default_factory=lambda: OptimConf(lr=1e-3, schedule="cosine", decay_steps=10))
+    dtype: str = "float64"
+    steps: int = 1
+    batch_size: int = 7
+    architecture: Architecture = TINY
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that the layout takes."""
+        return self.data * self.pipeline * self.tensor
+
+    @property
+    def config(self) -> Config:
+        """The resolved configuration."""
+        layers = self.architecture.num_layers
+        stages = self.stages or tuple(
+            layers // self.pipeline + (i < layers % self.pipeline) for i in range(self.pipeline)
+        )
+        return Config(
+            model=ModelConf(dtype=self.dtype),  # pyright: ignore[reportArgumentType]
+            parallel=ParallelConf(
+                data=self.data,
+                pipeline=self.pipeline,
+                tensor=self.tensor,
+                stages=stages,
+                schedule=self.schedule,  # pyright: ignore[reportArgumentType]
+                microbatches=self.microbatches,
+                recompute=self.recompute,  # pyright: ignore[reportArgumentType]
+            ),
+            tune=self.tune,
+            data=DataConf(packing=self.packing),
+            optim=self.optim,
+            train=TrainConf(steps=self.steps, batch_size=self.batch_size),
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run gave, put together from all ranks; `gradients` are those of the last step, before clipping."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+
+
+def rows_of(step: int, batch_size: int, vocab: int) -> list[Row]:
+    """Ragged rows, some with a single target, one of one token and thus none."""
+    random = np.random.default_rng(step)
+    rows = []
+    for i in range(batch_size):
+        length = 1 if i == 2 else int(random.integers(2, 24))
+        targets = random.random(length) < 0.6
+        targets[-1] = length > 1
+        rows.append(Row(random.integers(0, vocab, length).astype(np.int32), targets, 100 * step + i, i + 1))
+    return rows
+
+
+def train(run: Run) -> Outcome:
+    """Runs it, on forked ranks if the layout has several."""
+    parts = on_ranks(run.ranks, train_rank, run) if run.ranks > 1 else [train_rank(Launch(), run)]
+    losses, norms = parts[0][:2]
+    for other in parts[1:]:
+        assert other[0] == losses
+        assert other[1] == norms
+    return Outcome(losses, norms, _join(parts, 2), _join(parts, 3))
+
+
+def train_rank(launch: Launch, run: Run) -> Any:
+    """One rank's part: losses, norms, and its blocks of gradients and parameters."""
+    config = run.config
+    mesh = Mesh.build(launch, data=run.data, pipeline=run.pipeline, tensor=run.tensor)
+    dtype = getattr(torch, run.dtype)
+    model = build_model(config, RandomWeights(run.architecture), mesh, dispatch.select(torch.device("cpu"), dtype))
+    if model.adapter is not None and model.adapter.kind == "lora":
+        perturb(model.trainable())
+    trainer = Trainer(config, model)
+    results = []
+    for step in range(1, run.steps + 1):
+        rows = rows_of(step, run.batch_size, run.architecture.vocab_size)
+        results.append(trainer.step(step, rows))
+    gradients, parameters = [], []
+    clip = min(1.0, 1.0 / (results[-1].grad_norm + 1e-6)) if results[-1].grad_norm > 1 else 1.0
+    for spec, parameter in trainer.placed:
+        assert parameter.grad is not None
+        gradients.append((spec, (parameter.grad / clip).numpy()))
+        parameters.append((spec, parameter.detach().numpy()))
+    return [r.loss for r in results], [r.grad_norm for r in results], gradients, parameters
+
+
+def perturb(placed: Sequence[tuple[Spec, torch.nn.Parameter]]) -> None:
+    """Gives LoRA's B, which starts at zero, values: the same in every layout."""
+    for spec, parameter in placed:
+        if spec.name.endswith("lora_B.weight"):
+            generator = torch.Generator().manual_seed(len(spec.name) + sum(map(ord, spec.name)))
+            full = 0.05 * torch.randn(spec.shape, generator=generator, dtype=torch.float64)
+            parameter.data.copy_(full[spec.index])
+
+
+def _join(parts: Sequence[Any], at: int) -> dict[str, Tensor]:
+    """Full tensors from the ranks' blocks; ranks that hold the same entries must agree bitwise."""
+    full: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
+    for part in parts:
+        for spec, block in part[at]:
+            values = torch.from_numpy(block)
+            if spec.name not in full:
+                full[spec.name] = torch.zeros(spec.shape, dtype=values.dtype)
+                seen[spec.name] = torch.zeros(spec.shape, dtype=torch.bool)
+            target, mask = full[spec.name][spec.index], seen[spec.name][spec.index]
+            assert torch.equal(target[mask], values[mask]), f"replicas of {spec.name} differ"
+            full[spec.name][spec.index] = values
+            seen[spec.name][spec.index] = True
+    for name, mask in seen.items():
+        assert mask.all(), f"{name} is held by no rank in part"
+    return full
+
+
+def layout(**fields: Any) -> Run:
+    """A run with these fields; shorter to write in tables."""
+    return replace(Run(), **fields)

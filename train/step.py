@@ -1,0 +1,157 @@
+"""One optimizer step over all ranks, and the loss over an evaluation set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from conf.schema import Config
+from parallel import comm
+from parallel.adapters.prefix import StepPrefix
+from parallel.gradients import Gradients
+from parallel.pipeline import plan, run
+from parallel.randomness import DropoutKey
+from train.batches import Microbatch, microbatches, packs
+from train.data import Dataset, Row
+from train.model import Model
+from train.optim import LossScale, adamw, learning_rate
+
+
+class NotFinite(RuntimeError):
+    """The loss or the gradient is NaN or infinite: training can't go on."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, the same on every rank."""
+
+    loss: float
+    """Mean over the step's target tokens, before the update."""
+    tokens: int
+    """Tokens that went through the model, over all ranks."""
+    grad_norm: float
+    lr: float
+    skipped: bool
+    """Whether the update was left out because float16 overflowed."""
+
+
+class Trainer:
+    """Model, gradients and optimizer of a run; `step` advances them."""
+
+    def __init__(self, config: Config, model: Model) -> None:
+        self.config, self.model, self.mesh = config, model, model.mesh
+        self.placed = model.trainable()
+        overlapped = model.prefix is None or model.prefix.hidden is None
+        self.gradients = Gradients(model.mesh, self.placed, overlapped)
+        self.optimizer = adamw(config.optim, self.placed)
+        self.loss_scale = LossScale.start(config.model.dtype)
+        self.names = self._all_names()
+
+    def _all_names(self) -> list[str]:
+        """Full names of the trainable parameters of the whole model, sorted: the canonical order."""
+        mine = "\n".join(spec.name for spec, _ in self.placed).encode()
+        group = self.mesh.model
+        parts = [comm.broadcast_bytes(mine, group, source).decode() for source in range(group.size)]
+        return sorted({name for part in parts for name in part.split("\n") if name})
+
+    def step(self, number: int, rows: Sequence[Row]) -> StepResult:
+        """Runs step `number` (from 1) on the step's rows (the same list on every rank).
+
+        Raises:
+            NotFinite: the gradient is not finite and the dtype isn't float16.
+        """
+        batches = self._batches(rows)
+        tokens, targets = self._counts(batches)
+        self.gradients.zero()
+        loss = self._backward(number, batches, self.loss_scale.scale / targets) / targets
+        self.gradients.scale(1 / self.loss_scale.scale)
+        norm = self.gradients.norm(self.names)
+        finite = math.isfinite(norm)
+        if not finite and not self.loss_scale.dynamic:
+            raise NotFinite(
+                f"step {number}: the gradient's norm is {norm} (loss {loss}); lower optim.lr or look at the rows "
+                "of this step with train.preview. The last checkpoint is as it was"
+            )
+        lr = learning_rate(self.config.optim, number)
+        if finite:
+            self._update(norm, lr)
+        self.loss_scale = self.loss_scale.after(overflow=not finite)
+        return StepResult(loss, tokens, norm, lr, not finite)
+
+    def evaluate(self, data: Dataset) -> float:
+        """Mean loss over all target tokens of `data`, batch by batch, without dropout."""
+        total, targets = 0.0, 0
+        size = self.config.train.batch_size
+        with torch.no_grad():
+            for first in range(0, len(data), size):
+                rows = [data[i] for i in range(first, min(first + size, len(data)))]
+                batches = self._batches(rows)
+                targets += self._counts(batches)[1]
+                total += self._forward(batches)
+        return total / targets
+
+    def _batches(self, rows: Sequence[Row]) -> list[Microbatch]:
+        data, count = self.mesh.data, self.config.parallel.microbatches
+        assert count is not None, "microbatches of an unchecked config"
+        parts = microbatches(rows, data.size, data.rank, count)
+        return [batch for part in parts for batch in packs(part, self.config.data.packing)]
+
+    def _counts(self, batches: Sequence[Microbatch]) -> tuple[int, int]:
+        """(tokens, target tokens) of the step over all ranks; one all-reduce of two integers."""
+        local = [sum(batch.num_tokens for batch in batches), sum(batch.num_targets for batch in batches)]
+        both = comm.all_reduce(torch.tensor(local), self.mesh.data).tolist()
+        return both[0], max(1, both[1])
+
+    def _backward(self, number: int, batches: Sequence[Microbatch], scale: float) -> float:
+        """Accumulates the gradient of `scale` times the loss's sum; returns that sum over all ranks."""
+        model, pipeline = self.model, self.mesh.pipeline
+        step_prefix = None if model.prefix is None else StepPrefix.begin(model.prefix)
+        schedule = plan.make(self.config.parallel.schedule, pipeline.size, len(batches))
+
+        def forward(m: int, hidden: Tensor | None) -> Tensor:
+            batch = batches[m]
+            dropout = DropoutKey(self.config.train.seed, number, batch.row_T, batch.positions_T)
+            return model.loss(batch, hidden, step_prefix, dropout)
+
+        losses = run.run(
+            schedule.actions[pipeline.rank],
+            pipeline,
+            forward,
+            shapes=model.border_shapes(batches),
+            dtype=model.decoder.dtype,
+            scale=scale,
+            before_last_backward=self.gradients.last_microbatch,
+        )
+        if step_prefix is not None:
+            step_prefix.end()
+        self.gradients.finish()
+        return self._total(losses)
+
+    def _forward(self, batches: Sequence[Microbatch]) -> float:
+        model = self.model
+        step_prefix = None if model.prefix is None else StepPrefix.begin(model.prefix)
+        losses = run.forward_only(
+            self.mesh.pipeline,
+            lambda m, hidden: model.loss(batches[m], hidden, step_prefix, None),
+            shapes=model.border_shapes(batches),
+            dtype=model.decoder.dtype,
+        )
+        return self._total(losses)
+
+    def _total(self, losses: Sequence[Tensor]) -> float:
+        """The sum of the microbatches' losses over data and context, told to every stage."""
+        total = torch.tensor([math.fsum(float(loss) for loss in losses)], dtype=torch.float64)
+        comm.all_reduce(total, self.mesh.replicas)
+        return float(comm.all_reduce(total, self.mesh.pipeline))
+
+    def _update(self, norm: float, lr: float) -> None:
+        clip = self.config.optim.clip_norm
+        if clip is not None and norm > clip:
+            self.gradients.scale(clip / (norm + 1e-6))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
