@@ -1,0 +1,79 @@
+"""The paged KV cache of this rank, and attention over it: the serving counterpart of training's `DocumentAttend`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from conf.schema import Architecture
+from kernels.dispatch import Ops
+from kernels.paged import PagedLayout
+from parallel.model.attend import window_of
+from parallel.model.decoder import Stage
+from parallel.sharding import Cut
+
+
+@dataclass(frozen=True)
+class KvCache:
+    """Keys and values of this stage's layers and this rank's KV heads, in pages that the scheduler hands out."""
+
+    first_layer: int
+    keys: tuple[Tensor, ...]
+    """Per layer [P, S, K/tp, H] in the compute dtype; contents of unused slots are undefined."""
+    values: tuple[Tensor, ...]
+
+    @staticmethod
+    def allocate(
+        architecture: Architecture,
+        here: Cut,
+        stage: Stage,
+        *,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+    ) -> KvCache:
+        """Reserves the pages; memory is touched only as they fill."""
+        shape = (num_pages, page_size, here.num_kv_heads, architecture.head_dim)
+        layers = range(stage.start, stage.stop)
+        keys = tuple(torch.empty(shape, dtype=dtype) for _ in layers)
+        return KvCache(stage.start, keys, tuple(torch.empty(shape, dtype=dtype) for _ in layers))
+
+    def of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Key and value pages of a global layer."""
+        return self.keys[layer - self.first_layer], self.values[layer - self.first_layer]
+
+
+def page_bytes(architecture: Architecture, here: Cut, stage: Stage, page_size: int, dtype: torch.dtype) -> int:
+    """Bytes that one page takes on this rank, over its layers."""
+    slot = 2 * here.num_kv_heads * architecture.head_dim * dtype.itemsize
+    return (stage.stop - stage.start) * page_size * slot
+
+
+@dataclass(frozen=True)
+class PagedAttend:
+    """Attention of one engine step: writes the new keys and values, then reads each request's pages."""
+
+    architecture: Architecture
+    here: Cut
+    ops: Ops
+    cache: KvCache
+    layout: PagedLayout
+    slot_T: Tensor
+    """int64 [T]: flat cache slot of each token."""
+
+    def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        """[T, N/tp, H] in q's dtype."""
+        keys, values = self.cache.of(layer)
+        self.ops.write_pages(keys, values, k_TKH, v_TKH, self.slot_T)
+        out, _ = self.ops.attention_paged(
+            q_TNH,
+            keys,
+            values,
+            self.layout,
+            kv_index=self.here.kv_index,
+            window=window_of(self.architecture, layer),
+            scale=self.architecture.head_dim**-0.5,
+        )
+        return out

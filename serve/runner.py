@@ -1,0 +1,136 @@
+"""The model side of the engine on one rank: decoder, cache and adapters. Knows no text and makes no decisions."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from conf.schema import ConfigError
+from parallel import checkpoint, comm
+from parallel.adapters import lora, peft
+from parallel.adapters.prefix import Prefix
+from parallel.mesh import Mesh
+from parallel.model.decoder import Decoder
+from parallel.model.safetensors_io import read_header
+from parallel.model.step import Step
+from parallel.pipeline import run
+from parallel.sharding import Spec, partition
+from serve import batch
+from serve.batch import Batch, LoadedAdapter
+from serve.blocks import OutOfPages, PagePool
+from serve.paged import KvCache, PagedAttend
+from serve.scheduler import Chunk
+
+
+@dataclass
+class Runner:
+    """Runs a plan's chunks through this rank's stage; every rank of the mesh calls the same methods in step."""
+
+    decoder: Decoder
+    mesh: Mesh
+    cache: KvCache
+    page_size: int
+    base: str
+    """Fingerprint of the base model's weights."""
+    adapters: dict[str, LoadedAdapter] = field(default_factory=dict)
+
+    @torch.inference_mode()
+    def forward(self, chunks: Sequence[Chunk]) -> Tensor | None:
+        """Computes the chunks and returns the logits [B, V] float32 of those that sample, in order.
+
+        Only the last pipeline stage returns them (on each of its tensor ranks), the others None. Communicates
+        T * D elements to the next stage, 2 * T * D a layer over tensor, B * V/tp elements at the end.
+        """
+        step_batch = batch.build(chunks, self.adapters, self.decoder.ops, self.page_size)
+        outputs = run.forward_only(
+            self.mesh.pipeline,
+            lambda _, hidden: self._stage(step_batch, hidden),
+            shapes=[(step_batch.num_tokens, self.decoder.architecture.width)],
+            dtype=self.decoder.dtype,
+        )
+        return self._logits(outputs[0]) if outputs else None
+
+    def _stage(self, step_batch: Batch, hidden: Tensor | None) -> Tensor:
+        decoder = self.decoder
+        attend = PagedAttend(
+            decoder.architecture, decoder.here, decoder.ops, self.cache, step_batch.layout, step_batch.slot_T
+        )
+        step = Step(
+            position_T=step_batch.position_T,
+            attend=attend,
+            adapters=step_batch.segments,
+            rows=step_batch.rows,
+        )
+        return decoder(step_batch.id_T if hidden is None else hidden, step)
+
+    def _logits(self, hidden_BD: Tensor) -> Tensor:
+        offsets = partition(self.decoder.architecture.vocab_size, self.mesh.tensor.size)
+        sizes = [stop - start for start, stop in itertools.pairwise(offsets)]
+        return comm.all_gather(self.decoder.logits(hidden_BD).float(), self.mesh.tensor, sizes, dim=1)
+
+    def load_adapter(self, name: str, directory: Path, pool: PagePool) -> None:
+        """Reads this rank's part of the PEFT adapter in `directory` and serves it as `name`.
+
+        A prefix takes pages of `pool` for as long as it is loaded.
+
+        Raises:
+            ConfigError: not a supported adapter, made for another base, the name is taken, or no pages are left.
+        """
+        if name in self.adapters:
+            raise ConfigError(f"adapters.{name} is already loaded; unload it first or choose another name")
+        adapter = peft.read(directory, self.decoder.architecture)
+        trained_on = read_header(directory / peft.WEIGHTS).metadata.get("onemesh.base", self.base)
+        if trained_on != self.base:
+            raise ConfigError(
+                f"adapters.{name}={directory} was trained on other weights than those that are served; "
+                "serve the model named in its adapter_config.json"
+            )
+        weights = directory / peft.WEIGHTS
+
+        def read(spec: Spec, dtype: torch.dtype) -> Tensor:
+            return next(checkpoint.read_blocks(weights, [spec], dtype))
+
+        if adapter.kind == "lora":
+            taken = {other.slot for other in self.adapters.values()}
+            slot = next(i for i in range(len(taken) + 1) if i not in taken)
+            lora.install(self.decoder, adapter, slot, read, trainable=False)
+            self.adapters[name] = LoadedAdapter(name, slot=slot)
+            return
+        try:
+            pages = pool.allocate(pool.pages_for(adapter.virtual_tokens))
+        except OutOfPages as error:
+            raise ConfigError(
+                f"adapters.{name}={directory}: no room in the KV cache for its prefix ({error}); raise serve.kv_memory"
+            ) from None
+        prefix = Prefix(
+            adapter, self.decoder.architecture, self.decoder.here, self.decoder.stage, read,
+            dtype=self.decoder.dtype, trainable=False,
+        )  # fmt: skip
+        self._write_prefix(prefix, pages)
+        self.adapters[name] = LoadedAdapter(name, pages=tuple(pages), length=adapter.virtual_tokens)
+
+    @torch.inference_mode()
+    def _write_prefix(self, prefix: Prefix, pages: Sequence[int]) -> None:
+        kv = prefix().to(self.decoder.dtype)
+        places = torch.arange(kv.shape[0])
+        slots = torch.tensor(pages)[places // self.page_size] * self.page_size + places % self.page_size
+        for i, (keys, values) in enumerate(zip(self.cache.keys, self.cache.values, strict=True)):
+            self.decoder.ops.write_pages(keys, values, kv[:, i, 0], kv[:, i, 1], slots)
+
+    def unload_adapter(self, name: str, pool: PagePool) -> None:
+        """Forgets the adapter; no live request may use it.
+
+        Raises:
+            ConfigError: there is none of this name.
+        """
+        if name not in self.adapters:
+            raise ConfigError(f"adapters.{name} is not loaded; loaded are {sorted(self.adapters) or 'none'}")
+        adapter = self.adapters.pop(name)
+        if adapter.slot is not None:
+            lora.remove(self.decoder, adapter.slot)
+        pool.free(adapter.pages)

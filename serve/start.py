@@ -1,0 +1,95 @@
+"""From a checked configuration to a running engine on this rank: weights, pages, adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from conf.schema import Config, ServeConf, memory_bytes
+from kernels import dispatch
+from parallel import comm
+from parallel.adapters import peft
+from parallel.comm import Launch
+from parallel.mesh import Mesh
+from parallel.model.decoder import Decoder
+from parallel.model.load import build_decoder
+from parallel.model.source import Source
+from serve.blocks import PagePool
+from serve.engine import Engine
+from serve.paged import KvCache, page_bytes
+from serve.runner import Runner
+from serve.sampler import Sampler
+from serve.scheduler import Limits, Scheduler
+
+
+def check_adapters(adapters: Mapping[str, str], source: Source) -> dict[str, int]:
+    """The prefix length of each adapter (0 for LoRA), read from headers before anything starts.
+
+    Raises:
+        ConfigError: one isn't a supported adapter, or was made for another base.
+    """
+    found = {name: peft.read(Path(path), source.architecture) for name, path in adapters.items()}
+    return {name: adapter.virtual_tokens for name, adapter in found.items()}
+
+
+def build_engine(config: Config, source: Source, launch: Launch, *, max_chunk: int | None = None) -> Engine:
+    """This rank's engine with `config.adapters` loaded; collective over all ranks.
+
+    config: checked. max_chunk: most tokens of one request in a step (tests); None leaves it to the budget.
+
+    Raises:
+        ConfigError: no room for the KV cache or an adapter; the same on every rank.
+    """
+    data, pipeline, context, tensor = config.parallel.sizes
+    mesh = Mesh.build(launch, data=data, pipeline=pipeline, context=context, tensor=tensor)
+    dtype: torch.dtype = getattr(torch, config.model.dtype)
+    stages = config.parallel.stages
+    assert not isinstance(stages, str), "stages of an unchecked config"
+    ops = dispatch.select(torch.device("cpu"), dtype)
+    decoder = build_decoder(source, mesh, stages, dtype=dtype, ops=ops, trainable=False).eval()
+    limits = _limits(config.serve, source, max_chunk)
+    pool = PagePool(_num_pages(config.serve, limits, decoder, mesh, launch), config.serve.page_size)
+    cache = KvCache.allocate(
+        source.architecture,
+        decoder.here,
+        decoder.stage,
+        num_pages=pool.num_pages,
+        page_size=pool.page_size,
+        dtype=dtype,
+    )
+    runner = Runner(decoder, mesh, cache, pool.page_size, source.fingerprint)
+    for name, path in config.adapters.items():
+        runner.load_adapter(name, Path(path), pool)
+    eos_ids = source.tokenizer().eos_ids
+    return Engine(runner, Scheduler(limits, pool, eos_ids), Sampler(eos_ids), pool)
+
+
+def _limits(serve: ServeConf, source: Source, max_chunk: int | None) -> Limits:
+    assert serve.max_length is not None, "max_length of an unchecked config"
+    return Limits(
+        max_length=serve.max_length,
+        max_batch_tokens=serve.max_batch_tokens,
+        max_sequences=serve.max_sequences,
+        vocab_size=source.architecture.vocab_size,
+        max_chunk=max_chunk,
+    )
+
+
+def _num_pages(serve: ServeConf, limits: Limits, decoder: Decoder, mesh: Mesh, launch: Launch) -> int:
+    """Pages of the cache: what `serve.kv_memory` holds on the rank with the least room, never more than all
+    requests can use, at least one."""
+    free = available_memory() // launch.local_size
+    one = page_bytes(decoder.architecture, decoder.here, decoder.stage, serve.page_size, decoder.dtype)
+    useful = limits.max_sequences * -(-limits.max_length // serve.page_size)
+    mine = max(1, min(memory_bytes(serve.kv_memory, free) // max(one, 1), useful))
+    return -int(comm.all_reduce(torch.tensor([-mine]), mesh.world, "max").item())
+
+
+def available_memory() -> int:
+    """Bytes this host can give out (MemAvailable)."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo has no MemAvailable")
