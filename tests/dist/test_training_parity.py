@@ -1,0 +1,98 @@
+"""Every layout computes what one process computes: loss, every gradient and ten steps, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from conf.schema import TuneConf
+from tests.models import BIASED, TINY
+from tests.training import Outcome, Run, layout, train
+
+LORA = TuneConf(kind="lora", rank=4, alpha=8.0, dropout=0.25)
+PREFIX = TuneConf(kind="prefix", virtual_tokens=5)
+PROJECTED = TuneConf(kind="prefix", virtual_tokens=5, prefix_projection=True, prefix_hidden=12)
+TUNES = {"full": TuneConf(kind="full"), "lora": LORA, "prefix": PREFIX, "projected": PROJECTED}
+
+LAYOUTS = {
+    "data2": layout(data=2),
+    "tensor2": layout(tensor=2),
+    "tensor3": layout(tensor=3),
+    "tensor4": layout(tensor=4),
+    "pipeline2": layout(pipeline=2, microbatches=3),
+    "pipeline3_gpipe": layout(pipeline=3, microbatches=4, schedule="gpipe", stages=(1, 3, 1)),
+    "tensor2_pipeline2": layout(tensor=2, pipeline=2, microbatches=2),
+    "data2_tensor2_accumulate": layout(data=2, tensor=2, microbatches=2),
+}
+
+
+@cache
+def alone(tune: str, steps: int) -> Outcome:
+    """One process, one microbatch."""
+    return train(Run(tune=TUNES[tune], steps=steps))
+
+
+def assert_same(run: Outcome, expected: Outcome, tolerance: float) -> None:
+    """Losses, and norm-wise every gradient and parameter."""
+    for ours, theirs in zip(run.losses, expected.losses, strict=True):
+        assert abs(ours - theirs) <= tolerance * abs(theirs)
+    for field in ("gradients", "parameters"):
+        ours, theirs = getattr(run, field), getattr(expected, field)
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            error = (ours[name] - tensor).norm() / tensor.norm().clamp(min=1e-12)
+            assert error <= tolerance, f"{field} of {name} differ by {error:.1e}"
+
+
+@pytest.mark.parametrize("tune", TUNES)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_loss_and_every_gradient_are_those_of_one_process(name: str, tune: str) -> None:
+    assert_same(train(replace(LAYOUTS[name], tune=TUNES[tune])), alone(tune, 1), 1e-10)
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_ten_steps_end_where_one_process_ends(name: str, tune: str) -> None:
+    assert_same(train(replace(LAYOUTS[name], tune=TUNES[tune], steps=10)), alone(tune, 10), 1e-8)
+
+
+@pytest.mark.parametrize("tune", TUNES)
+def test_gpipe_and_1f1b_agree_bitwise(tune: str) -> None:
+    runs = [
+        train(layout(pipeline=2, microbatches=3, schedule=name, dtype="float32", steps=3, tune=TUNES[tune]))
+        for name in ("gpipe", "1f1b")
+    ]
+    assert runs[0].losses == runs[1].losses
+    for name, tensor in runs[0].parameters.items():
+        assert tensor.equal(runs[1].parameters[name]), name
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        layout(packing=False),
+        layout(recompute="full"),
+        layout(microbatches=4),
+        layout(data=2, microbatches=5),
+        layout(pipeline=2, microbatches=9, schedule="gpipe"),
+    ],
+    ids=["unpacked", "recompute", "accumulate", "empty_microbatches", "empty_pipeline_microbatches"],
+)
+def test_cutting_the_batch_otherwise_changes_nothing(run: Run) -> None:
+    for tune in TUNES:
+        assert_same(train(replace(run, tune=TUNES[tune])), alone(tune, 1), 1e-10)
+
+
+@pytest.mark.parametrize("name", ["tensor3", "tensor4", "tensor2_pipeline2"])
+def test_untied_models_with_biases(name: str) -> None:
+    expected = train(layout(architecture=BIASED))
+    assert_same(train(replace(LAYOUTS[name], architecture=BIASED)), expected, 1e-10)
+
+
+def test_tensor_degree_up_to_the_head_count() -> None:
+    for size in (5, 9):
+        for tune in ("full", "prefix"):
+            assert_same(train(layout(tensor=size, tune=TUNES[tune])), alone(tune, 1), 1e-10)
+    assert TINY.num_heads == 9
