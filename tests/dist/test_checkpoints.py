@@ -99,7 +99,7 @@ def test_saving_without_a_step_between_gives_the_same_bytes_under_every_layout(t
             assert tensor.equal(found[name]), name
 
 
-def _read_and_write(launch, source: Path, target: Path, sizes: tuple[int, int, int]) -> None:  # noqa: ANN001
+def _read_and_write(launch, source: Path, target: Path, sizes: tuple[int, int, int]) -> None:
     from conf.schema import ModelConf
     from kernels import dispatch
     from parallel.mesh import Mesh
@@ -153,7 +153,7 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(tmp_path: Path, point: 
     assert sorted(path.name for path in latest.parent.iterdir()) == ["latest", "step-2", "step-4"]
 
 
-def _crash_amid_save(launch, folder: Path, point: str) -> None:  # noqa: ANN001
+def _crash_amid_save(launch, folder: Path, point: str) -> None:
     from tests.commands import train_rank
 
     def die(*_: object, **__: object) -> None:

@@ -60,9 +60,7 @@ def test_output_is_no_constant() -> None:
     assert len({token for answer in answers for token in answer}) > 20
 
 
-@pytest.mark.parametrize(
-    ("pipeline", "tensor"), [(1, 2), (1, 3), (1, 4), (2, 1), (2, 2)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("pipeline", "tensor"), [(1, 2), (1, 3), (1, 4), (2, 1), (2, 2)], ids=lambda value: str(value))
 def test_every_layout_gives_the_same_tokens(pipeline: int, tensor: int) -> None:
     assert serve(Serving(pipeline=pipeline, tensor=tensor), [requests()]).tokens == reference().tokens
 

@@ -6,10 +6,17 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
+import torch
 
 from conf.schema import TuneConf
-from tests.models import BIASED, TINY
-from tests.training import Outcome, Run, layout, train
+from kernels import dispatch
+from parallel.comm import Launch
+from parallel.mesh import Mesh
+from tests.models import BIASED, TINY, RandomWeights
+from tests.ranks import on_ranks
+from tests.training import Outcome, Run, layout, rows_of, train
+from train.model import build_model
+from train.step import Trainer
 
 LORA = TuneConf(kind="lora", rank=4, alpha=8.0, dropout=0.25)
 PREFIX = TuneConf(kind="prefix", virtual_tokens=5)
@@ -96,3 +103,26 @@ def test_tensor_degree_up_to_the_head_count() -> None:
         for tune in ("full", "prefix"):
             assert_same(train(layout(tensor=size, tune=TUNES[tune])), alone(tune, 1), 1e-10)
     assert TINY.num_heads == 9
+
+
+def _evaluate(launch: Launch, run: Run) -> float:
+    config = run.config
+    mesh = Mesh.build(launch, data=run.data, pipeline=run.pipeline, tensor=run.tensor)
+    ops = dispatch.select(torch.device("cpu"), torch.float64)
+    trainer = Trainer(config, build_model(config, RandomWeights(run.architecture), mesh, ops))
+    return trainer.evaluate(rows_of(1, 10, run.architecture.vocab_size))  # pyright: ignore[reportArgumentType]
+
+
+def test_validation_loss_is_the_same_under_every_layout() -> None:
+    expected = _evaluate(Launch(), Run(tune=PREFIX))
+    for name in ("data2", "pipeline3_gpipe", "tensor2_pipeline2"):
+        run = replace(LAYOUTS[name], tune=PREFIX)
+        assert on_ranks(run.ranks, _evaluate, run) == [pytest.approx(expected, rel=1e-10)] * run.ranks
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_follows_float32(dtype: str) -> None:
+    exact = train(layout(dtype="float32", steps=5, tensor=2))
+    low = train(layout(dtype=dtype, steps=5, tensor=2))
+    assert low.losses == pytest.approx(exact.losses, rel=2e-3)
+    assert low.losses != exact.losses
