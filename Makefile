@@ -4,12 +4,13 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check lint clean
+.PHONY: help install test check lint bench clean
 
 help:
 	@echo "make install   set up .venv"
 	@echo "make test      every test"
 	@echo "make check     lint, types and the quick tests"
+	@echo "make bench     speed beside transformers, into docs/benchmarks"
 	@echo "make lint      ruff and the type checker"
 
 install: $(STAMP)
@@ -36,6 +37,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
+
+bench: install
+	$(BIN)/python -m serve.compare
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -21,6 +21,9 @@ from parallel.model.safetensors_io import Header, read_header
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX_NAME = "prompt_embeddings"
+BASE = "onemesh.base"
+"""Metadata key of the weights file: fingerprint of the base model that the adapter was trained on."""
+_OTHER_MODEL = f"the adapter was made for another model, give the one that its {CONFIG} names"
 _LORA_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
 
@@ -146,12 +149,23 @@ def read(directory: Path, architecture: Architecture) -> Adapter:
         config = json.loads(config_path.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{config_path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{config_path} is not a JSON object; give the file PEFT wrote")
     kind = config.get("peft_type")
     if kind == "LORA":
         return _read_lora(config, read_header(weights), directory, architecture)
     if kind == "PREFIX_TUNING":
         return _read_prefix(config, read_header(weights), directory, architecture)
     raise ConfigError(f"{config_path}: peft_type={kind} is not supported; use LORA or PREFIX_TUNING")
+
+
+def check_base(directory: Path, fingerprint: str) -> None:
+    """Raises ConfigError when the adapter in `directory` says it was trained on weights of another fingerprint."""
+    if read_header(directory / WEIGHTS).metadata.get(BASE, fingerprint) != fingerprint:
+        raise ConfigError(
+            f"{directory / WEIGHTS}: {BASE} is not the fingerprint of the base model's weights, so the adapter was "
+            f"trained on other weights of the same shapes; give the model that its {CONFIG} names"
+        )
 
 
 _NEUTRAL_LORA: Mapping[str, tuple[Any, ...]] = {
@@ -184,21 +198,23 @@ def _read_lora(config: Mapping[str, Any], header: Header, directory: Path, archi
         module = match["module"] if match else ""
         if match is None or module not in shapes:
             raise ConfigError(
-                f"{directory / WEIGHTS}: tensor {name} matches nothing in the base model; "
-                "the adapter was made for another model"
+                f"{directory / WEIGHTS}: tensor {name} matches nothing in the base model; {_OTHER_MODEL}"
             )
-        rank = entry.shape[0] if match["factor"] == "A" else entry.shape[-1]
+        rank = entry.shape[0 if match["factor"] == "A" else -1] if entry.shape else 0
         out_width, in_width = shapes[module]
         expected = (rank, in_width) if match["factor"] == "A" else (out_width, rank)
         if entry.shape != expected:
             raise ConfigError(
                 f"{directory / WEIGHTS}: {name} has shape {list(entry.shape)} where the base model needs "
-                f"{list(expected)}; the adapter was made for another model"
+                f"{list(expected)}; {_OTHER_MODEL}"
             )
         ranks.setdefault(module, {})[match["factor"]] = rank
     for module, factors in ranks.items():
         if len(set(factors.values())) != 1 or len(factors) != 2:
-            raise ConfigError(f"{directory / WEIGHTS}: {module} needs both factors of one rank, it has {factors}")
+            raise ConfigError(
+                f"{directory / WEIGHTS}: {module} has factors of rank {factors} where it needs A and B of one "
+                "rank; the file is incomplete, copy it again"
+            )
     if not ranks:
         raise ConfigError(f"{directory / WEIGHTS} holds no tensor")
     modules = tuple(LoraModule(m, ranks[m]["A"], _scale(config, m, ranks[m]["A"])) for m in shapes if m in ranks)
@@ -223,7 +239,7 @@ def _read_prefix(config: Mapping[str, Any], header: Header, directory: Path, arc
     if len(entry.shape) != 2 or entry.shape[1] != width:
         raise ConfigError(
             f"{directory / WEIGHTS}: {PREFIX_NAME} has shape {list(entry.shape)} where the base model needs "
-            f"[tokens, {width}]; the adapter was made for another model"
+            f"[tokens, {width}]; {_OTHER_MODEL}"
         )
     if config.get("num_virtual_tokens", entry.shape[0]) != entry.shape[0]:
         raise ConfigError(

@@ -93,6 +93,8 @@ class DirectorySource:
             ConfigError: a file is missing, corrupt or truncated, or the model isn't supported.
         """
         self._directory = directory.resolve()
+        if (self._directory / "adapter_config.json").is_file() and not (self._directory / "config.json").is_file():
+            raise ConfigError(f"{directory} is an adapter; give its base model, and serve it as adapters.<name>=<dir>")
         self.hf_config: Mapping[str, Any] = MappingProxyType(read_config_file(self._directory / "config.json"))
         try:
             self.architecture = read_architecture(self.hf_config)

@@ -130,6 +130,8 @@ def read_gguf_architecture(file: GgufFile) -> Architecture:
         raise ConfigError(
             f"{path}: general.architecture={kind!r} is not supported; supported are {', '.join(_ARCHITECTURES)}"
         )
+    if fields.get("split.count", 1) != 1:
+        raise ConfigError(f"{path} is one of {fields['split.count']} parts; join them with llama-gguf-split --merge")
     if fields.get(f"{kind}.expert_count"):
         raise ConfigError(f"{path}: {kind}.expert_count={fields[f'{kind}.expert_count']}; mixtures are not supported")
     if "token_embd.weight" not in file.tensors:

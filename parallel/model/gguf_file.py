@@ -99,7 +99,7 @@ def read_gguf(path: Path) -> GgufFile:
         raise ConfigError(f"{path} is missing")
     size = path.stat().st_size
     if size < 24:
-        raise ConfigError(f"{path} is truncated: {size} bytes are no GGUF file")
+        raise ConfigError(f"{path} is truncated: {size} bytes are no GGUF file; copy or download it again")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         cursor = _Cursor(path, data, 0)
         magic, version, num_tensors, num_fields = cursor.unpack("4sIQQ")
@@ -189,7 +189,9 @@ def _tensor(path: Path, name: str, shape: tuple[int, ...], kind: int, start: int
         raise ConfigError(f"{path} is corrupt: {name} {list(shape)} doesn't fit {quantization.name} blocks of {block}")
     end = start + math.prod(shape) // block * block_bytes
     if end > size:
-        raise ConfigError(f"{path} is truncated: {name} ends at byte {end}, the file at {size}")
+        raise ConfigError(
+            f"{path} is truncated: {name} ends at byte {end}, the file at {size}; copy or download it again"
+        )
     return GgufTensor(quantization, shape, start, end)
 
 
@@ -259,7 +261,8 @@ class _Cursor:
         begin = self.at
         if count > len(self.data) - begin:
             raise ConfigError(
-                f"{self.path} is truncated: its header ends at byte {len(self.data)} of at least {begin + count}"
+                f"{self.path} is truncated: its header ends at byte {len(self.data)} of at least {begin + count}; "
+                "copy or download it again"
             )
         self.at += count
         return begin

@@ -70,28 +70,31 @@ class RandomSource:
             return torch.ones([stop - start for start, stop in ranges], dtype=dtype)
         inputs = self.architecture.width if name.endswith(".bias") else shape[1]
         gain = 2.0 if ".q_proj." in name or ".k_proj." in name else 1.0
-        return keyed_normal(seed_of(self._seed, name), shape, index, gain * inputs**-0.5).to(dtype)
+        return keyed_normal(seed_of(self._seed, name), shape, index, gain * inputs**-0.5, dtype)
 
     def tokenizer(self) -> Tokenizer:
         """The byte-level tokenizer."""
         return byte_tokenizer()
 
 
-def keyed_normal(seed: int, shape: tuple[int, ...], index: tuple[slice, ...], deviation: float) -> Tensor:
-    """float32 block `full[index]` of the normal tensor of `shape` that `seed` stands for (vectors and matrices).
+def keyed_normal(
+    seed: int, shape: tuple[int, ...], index: tuple[slice, ...], deviation: float, dtype: torch.dtype
+) -> Tensor:
+    """`dtype` block `full[index]` of the normal tensor of `shape` that `seed` stands for (vectors and matrices).
 
-    Philox (doi:10.1145/2063384.2063405) with one key per range of rows.
+    Drawn and scaled in float32 by Philox (doi:10.1145/2063384.2063405) with one key per range of
+    rows.
     """
     ranges = block_ranges(shape, index)
     rows = ranges[0]
     width = math.prod(shape[1:])
     step = max(1, _BLOCK // max(1, width))
-    out = torch.empty([stop - start for start, stop in ranges])
+    out = torch.empty([stop - start for start, stop in ranges], dtype=dtype)
     for first in range(rows[0] // step * step, rows[1], step):
         generator = np.random.Generator(np.random.Philox(key=[seed, first // step]))
         height = min(step, shape[0] - first)
         values = generator.standard_normal((height, *shape[1:]), dtype=np.float32)
         begin, end = max(first, rows[0]), min(first + height, rows[1])
         part = torch.from_numpy(values)[(slice(begin - first, end - first), *index[1:])]
-        out[begin - rows[0] : end - rows[0]].copy_(part)
-    return out.mul_(deviation)
+        out[begin - rows[0] : end - rows[0]].copy_(part.mul_(deviation))
+    return out

@@ -36,7 +36,9 @@ def read_exactly(file: int, buffer: memoryview, offset: int, path: Path) -> None
     while done < len(buffer):
         count = os.preadv(file, [buffer[done:]], offset + done)
         if count == 0:
-            raise ConfigError(f"{path} is truncated: it ends before byte {offset + len(buffer)}")
+            raise ConfigError(
+                f"{path} is truncated: it ends before byte {offset + len(buffer)}; copy or download it again"
+            )
         done += count
 
 

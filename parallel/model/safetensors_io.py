@@ -26,6 +26,7 @@ from conf.schema import ConfigError
 from parallel.model.ranges import STAGING, block_ranges, open_file, read_exactly
 
 _MAX_HEADER = 100_000_000  # the format's own limit
+_AGAIN = "copy or download it again"
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -80,7 +81,9 @@ def read_header(path: Path) -> Header:
         if len(prefix) < 8 or not 2 <= length <= _MAX_HEADER:
             raise ConfigError(f"{path} is not a safetensors file: its header length is {length} of {size} bytes")
         if 8 + length > size:
-            raise ConfigError(f"{path} is truncated: its header ends at byte {8 + length}, the file at {size}")
+            raise ConfigError(
+                f"{path} is truncated: its header ends at byte {8 + length}, the file at {size}; {_AGAIN}"
+            )
         raw = file.read(length)
     try:
         fields = json.loads(raw)
@@ -174,7 +177,7 @@ def _check_layout(path: Path, entries: Mapping[str, Entry], start: int, size: in
     at, before = start, "the header"
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.end > size:
-            raise ConfigError(f"{path} is truncated: {name} ends at byte {entry.end}, the file at {size}")
+            raise ConfigError(f"{path} is truncated: {name} ends at byte {entry.end}, the file at {size}; {_AGAIN}")
         if entry.start != at:
             problem = "overlaps" if entry.start < at else "leaves a hole after"
             raise ConfigError(f"{path} is corrupt: {name} {problem} {before}")

@@ -72,10 +72,13 @@ def open_source(model: ModelConf) -> Source:
             raise ConfigError("model.path is empty; set it, or choose a random model such as model=tiny")
         return RandomSource(model.architecture, model.seed)
     path = locate(model.path)
-    if path.is_dir():
-        return DirectorySource(path)
-    if path.suffix == ".gguf":
-        return GgufSource(path)
+    try:
+        if path.is_dir():
+            return DirectorySource(path)
+        if path.suffix == ".gguf":
+            return GgufSource(path)
+    except ConfigError as error:
+        raise ConfigError(f"model.path={model.path}: {error}") from None
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
         raise ConfigError(
             f"model.path={model.path} is a pickle, which can run any code when opened and is refused; "

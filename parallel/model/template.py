@@ -164,7 +164,21 @@ def _check_message(number: int, message: Any) -> dict[str, Any]:
             f"messages[{number}].content must be text or a list of text parts, not {type(content).__name__}"
         )
     plain = {key: value for key, value in message.items() if value is not None}
+    if calls:
+        plain["tool_calls"] = [_plain_call(call) for call in calls]
     return {**plain, "role": role, "content": content}
+
+
+def _plain_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The tool call with its arguments as an object, which templates expect; OpenAI's API has them as JSON text."""
+    function = call.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 def _text_of(number: int, part: Any) -> str:
@@ -190,18 +204,17 @@ def _added(before: str, after: str, count: int) -> str:
 
 def _answer_end(answer: str, message: Message, end_tokens: Sequence[str]) -> int:
     """Where the answer ends in the text of an assistant turn: after the first end token behind the content."""
-    begin = 0
-    for content in (message["content"], message["content"].strip()):
-        if content in answer:
-            begin = answer.index(content) + len(content)
-            break
-    ends = [at + len(token) for token in end_tokens if (at := answer.find(token, begin)) >= 0]
-    if not ends:
-        raise ConfigError(
-            f"chat_template writes no end token after an assistant's answer ({answer[-40:]!r}); "
-            f"it should write one of {list(end_tokens)}"
-        )
-    return min(ends)
+    for content in (message["content"], message["content"].strip(), ""):
+        if content not in answer:
+            continue
+        begin = answer.index(content) + len(content)
+        ends = [at + len(token) for token in end_tokens if (at := answer.find(token, begin)) >= 0]
+        if ends:
+            return min(ends)
+    raise ConfigError(
+        f"chat_template writes no end token after an assistant's answer ({answer[-40:]!r}); "
+        f"it should write one of {list(end_tokens)}"
+    )
 
 
 class _GenerationTag(Extension):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,15 @@ class TokenizerFacts:
     """All ids that end an answer, that of `eos` included."""
     template: str | None = None
     """Jinja source of the chat template."""
-    config: Mapping[str, Any] | None = None
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """The tokenizer_config.json it came from, kept when saving."""
+    generation: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The generation_config.json it came from, kept when saving."""
+
+    def tokens(self) -> dict[str, str]:
+        """The special tokens by the names that tokenizer_config.json and templates know them by."""
+        named = {"bos_token": self.bos, "eos_token": self.eos, "pad_token": self.pad, "unk_token": self.unknown}
+        return {name: token for name, token in named.items() if token is not None}
 
 
 class Tokenizer:
@@ -66,14 +73,7 @@ class Tokenizer:
         self.eos_id: int | None = self._id_of(facts.eos)
         self._added = backend.get_added_tokens_decoder()
         self._anchor = self._prefix_anchor()
-        named = {
-            "bos_token": facts.bos,
-            "eos_token": facts.eos,
-            "pad_token": facts.pad,
-            "unk_token": facts.unknown,
-        }
-        tokens = {name: token for name, token in named.items() if token is not None}
-        self._template = None if facts.template is None else ChatTemplate(facts.template, tokens)
+        self._template = None if facts.template is None else ChatTemplate(facts.template, facts.tokens())
         known = facts.eos_ids | ({self.eos_id} if self.eos_id is not None else set())
         self._end_tokens, ends = self._find_end_tokens(known)
         self.eos_ids: frozenset[int] = frozenset(known | ends)
@@ -90,9 +90,18 @@ class Tokenizer:
             text: any text.
             special: special tokens written out in `text` become their ids; otherwise they are plain text.
             bos: add what the model's own post-processing adds around a text (usually a BOS, or nothing).
+
+        Raises:
+            ConfigError: `text` is not Unicode (half of a surrogate pair, as JSON can write it).
         """
         backend = self._backend if special else self._plain_backend
-        return backend.encode(text, add_special_tokens=bos).ids
+        try:
+            return backend.encode(text, add_special_tokens=bos).ids
+        except (TypeError, UnicodeEncodeError):
+            position = next((at for at, char in enumerate(text) if "\ud800" <= char <= "\udfff"), None)
+            if position is None:
+                raise
+            raise ConfigError(f"text has half a surrogate pair at character {position}; it is not Unicode") from None
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """The text of `ids`; ids beyond the vocabulary (padding rows of the embedding) are nothing."""
@@ -162,29 +171,19 @@ class Tokenizer:
         """
         facts = self._facts
         self._backend.save(str(directory / "tokenizer.json"))
-        named = {
-            "bos_token": facts.bos,
-            "eos_token": facts.eos,
-            "pad_token": facts.pad,
-            "unk_token": facts.unknown,
-        }
-        tokens = {name: token for name, token in named.items() if token is not None}
+        tokens = facts.tokens()
         # tokenizer.json alone decides: model-specific classes of transformers rebuild parts of it their own way
-        kept = {key: value for key, value in (facts.config or {}).items() if key not in ("chat_template", "auto_map")}
-        config = {
-            "clean_up_tokenization_spaces": False,
-            **kept,
-            **tokens,
-            "tokenizer_class": "PreTrainedTokenizerFast",
-        }
-        _write_json(directory / "tokenizer_config.json", config)
+        kept = {key: value for key, value in facts.config.items() if key not in ("chat_template", "auto_map")}
+        config = {"clean_up_tokenization_spaces": False, **kept, **tokens}
+        _write_json(directory / "tokenizer_config.json", {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
         _write_json(directory / "special_tokens_map.json", tokens)
         ids = {
             "bos_token_id": self.bos_id,
             "eos_token_id": sorted(self.eos_ids),
             "pad_token_id": self._id_of(facts.pad),
         }
-        _write_json(directory / "generation_config.json", {key: id for key, id in ids.items() if id not in (None, [])})
+        known = {key: value for key, value in ids.items() if value not in (None, [])}
+        _write_json(directory / "generation_config.json", {**facts.generation, **known})
         if facts.template is not None:
             (directory / "chat_template.jinja").write_text(facts.template, encoding="utf-8")
 

@@ -56,6 +56,7 @@ def directory_tokenizer(directory: Path) -> Tokenizer:
             eos_ids=_end_ids(directory),
             template=_template(directory, config),
             config=config,
+            generation=_optional(directory / "generation_config.json"),
         ),
     )
 

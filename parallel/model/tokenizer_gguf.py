@@ -63,7 +63,7 @@ def gguf_tokenizer(file: GgufFile) -> Tokenizer:
     if _adds_bos(file, kind) and names["bos"] is not None:
         bos = names["bos"]
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokens.index(bos))]
+            single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, tokens.index(bos))]
         )
     ends = {file.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
     template = file.fields.get("tokenizer.chat_template")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from conf.check import check
 from conf.load import FOLDER, describe, groups, load, read_saved, save, short, training_arguments
 from conf.schema import LINEARS, ROOTS, Config, ConfigError, LoggerConf, ServeConf, memory_bytes
 
@@ -106,7 +107,8 @@ REFUSED = {
 
 def refused(argv: list[str], command: str = "train") -> str:
     with pytest.raises(ConfigError) as caught:
-        load(argv, command)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        config = load(argv, command)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        check(config, command, None, None)
     return str(caught.value)
 
 
@@ -205,7 +207,7 @@ class TestRefusals:
         )
 
     def test_prefix_options_need_the_projection(self) -> None:
-        assert refused(["tune=prefix", "tune.prefix_hidden=8"]) == (
+        assert refused(["tune=prefix", "tune.prefix_hidden=8"]).split("\n")[0] == (
             "tune.prefix_hidden=8 has no effect with tune.prefix_projection=false; "
             "remove it or set tune.prefix_projection=true"
         )

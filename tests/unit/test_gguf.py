@@ -311,6 +311,7 @@ def test_sliding_window_in_the_metadata(tmp_path: Path) -> None:
             both(rope("type", "yarn"), rope("factor", 2.0), rope("attn_factor", 2.0)),
             "attn_factor=2.0 is not supported",
         ),
+        (lambda writer: writer.add_uint16("split.count", 2), r"m\.gguf is one of 2 parts; join them with llama-gguf"),
         (lambda writer: writer.add_expert_count(8), "llama.expert_count=8; mixtures are not supported"),
         (
             lambda writer: writer.add_rope_dimension_count(8),

@@ -249,6 +249,12 @@ def test_config_that_does_not_fit_the_weights(tmp_path: Path, llama: LlamaForCau
             open_source(ModelConf(path=str(tmp_path)))
 
 
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is an adapter; give its base model"):
+        open_source(ModelConf(path=str(tmp_path)))
+
+
 def test_broken_config_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json is missing; a model directory needs it"):
         open_source(ModelConf(path=str(tmp_path)))

@@ -12,7 +12,7 @@ import pytest
 
 from conf.schema import ConfigError, ParallelConf
 from slurm import preflight, worker
-from slurm.preflight import Facts, Unreachable, compare, gather, local_problems, report
+from slurm.preflight import Facts, Unreachable, compare, gather, local_problems, own_address, report
 from slurm.submit import main, place
 
 FACTS = Facts(node="node1", python="3.11.7", torch="2.13.0", code="abc", folder="/runs inode 7", ranks="2")
@@ -137,17 +137,23 @@ def test_a_node_that_does_not_get_through_is_reported_on_both_sides() -> None:
 
 def test_a_name_that_stands_for_loopback_needs_an_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
-    (problem,) = local_problems({"SLURM_NNODES": "2"})
-    assert problem.startswith("this node's name stands for 127.0.0.1, which other nodes cannot reach; set GLOO_")
-    assert local_problems({"SLURM_NNODES": "2", "GLOO_SOCKET_IFNAME": "lo"}) == []
-    assert local_problems({"SLURM_NNODES": "1"}) == []
-    (problem,) = local_problems({"SLURM_NNODES": "2", "GLOO_SOCKET_IFNAME": "ib7"})
+    (problem,) = local_problems({"SLURM_NNODES": "2"}, "10.0.0.7")
+    assert problem.startswith("this node is 10.0.0.7 to other nodes, but its own name stands for 127.0.0.1; set GLOO_")
+    assert local_problems({"SLURM_NNODES": "2", "GLOO_SOCKET_IFNAME": "lo"}, "10.0.0.7") == []
+    assert local_problems({"SLURM_NNODES": "1"}, "10.0.0.7") == []
+    assert local_problems({"SLURM_NNODES": "2"}, "127.0.0.1") == []
+    (problem,) = local_problems({"SLURM_NNODES": "2", "GLOO_SOCKET_IFNAME": "ib7"}, "10.0.0.7")
     assert problem.startswith("GLOO_SOCKET_IFNAME=ib7 is no interface; use one of ")
+
+
+def test_nodes_of_one_machine_have_the_addresses_of_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "_address_of", lambda host: "127.0.1.2")
+    assert own_address("127.0.1.1") == "127.0.1.2"
 
 
 def test_preflight_looks_at_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    facts = preflight.look({"SLURMD_NODENAME": "node1", "RANKS_PER_NODE": "2", "SLURM_NNODES": "1"})
+    facts = preflight.look({"SLURMD_NODENAME": "node1", "RANKS_PER_NODE": "2", "SLURM_NNODES": "1"}, "127.0.0.1")
     assert facts.node == "node1" and facts.ranks == "2" and facts.problems == ()
     assert facts.folder == f"{tmp_path} inode {tmp_path.stat().st_ino}"
     assert facts.torch.startswith("2.")

@@ -100,6 +100,24 @@ def test_tool_calls_are_part_of_the_target() -> None:
     assert targets == ['<call>{"name": "f", "arguments": {"x": 1}}</call><|im_end|>', "done<|im_end|>"]
 
 
+@pytest.mark.parametrize(("arguments", "shown"), [('{"x": 1}', '{"x": 1}'), ("[1]", '"[1]"'), ("{", '"{"')])
+def test_arguments_as_json_text_become_objects(arguments: str, shown: str) -> None:
+    chat = [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
+    text = template_of(TOOLS).render(chat, generation_prompt=False)
+    assert f'"arguments": {shown}}}</call>' in text
+    assert chat[0]["tool_calls"][0]["function"]["arguments"] == arguments
+
+
+@pytest.mark.parametrize("content", ["", "\n", "  a\n", "\n\n"])
+@pytest.mark.parametrize("source", ENDS)
+def test_the_end_of_blank_and_trimmed_answers(source: str, content: str) -> None:
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": content}]
+    pieces = template_of(source).split(chat, [ENDS[source]])
+    assert [piece.target for piece in pieces[:2]] == [False, True]
+    assert pieces[1].text.endswith(ENDS[source])
+    assert pieces[1].text.count(ENDS[source]) == 1
+
+
 def test_content_that_holds_an_end_token_stays_whole() -> None:
     chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "a<|im_end|>b"}]
     (_, answer, tail) = template_of(CHATML).split(chat, ["<|im_end|>"])

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from conf.schema import ConfigError
 from parallel.model.tokenizer import Tokenizer, TokenizerFacts
@@ -107,7 +107,7 @@ def write_directory(folder: Path, kind: str) -> Path:
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 3]}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 3], "top_p": 0.9}))
     return folder
 
 
@@ -132,6 +132,8 @@ def test_a_directory_gives_transformers_ids_before_and_after_saving(tmp_path: Pa
         assert ours.chat(messages) == list(prompt) == again.chat(messages)
         assert (again.bos_id, again.eos_id, again.eos_ids) == (1, 2, frozenset({2, 3}))
         assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
+    generation = GenerationConfig.from_pretrained(saved)
+    assert (generation.top_p, generation.eos_token_id, generation.bos_token_id) == (0.9, [2, 3], 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -161,6 +163,12 @@ def test_special_tokens_in_text_are_ids_only_when_asked(tmp_path: Path) -> None:
     assert ours.is_special(2)
     assert not ours.is_special(plain[0])
     assert ours.encode("</s>") == [2], "the plain view must not change the other one"
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_text_that_is_not_unicode(special: bool) -> None:
+    with pytest.raises(ConfigError, match="half a surrogate pair at character 2; it is not Unicode"):
+        TINY.encode(json.loads('"ab\\ud83d"'), special=special)
 
 
 def test_byte_tokenizer_ids_are_bytes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import random
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from conf.schema import ConfigError, ModelConf
 from parallel.model.gguf_file import read_gguf
@@ -113,19 +116,16 @@ def write_tokenizer(path: Path, tokens: list[str], **fields: Any) -> Path:
 
 
 def trained(rule: str) -> Backend:
-    """Byte-level BPE trained behind the splitting rule as the models' own files spell it."""
-    words = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
-    rest = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+    """Byte-level BPE trained behind the splitting rule, the regexes being those that transformers carries."""
+    llama3 = inspect.signature(TikTokenConverter).parameters["pattern"].default
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend = Backend(models.BPE())
     backend.pre_tokenizer = {
         "gpt-2": gpt2,
         "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2]),
-        "llama-bpe": pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(words + "\\p{N}{1,3}" + rest), "isolated"), plain]
-        ),
-        "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words + "\\p{N}" + rest), "isolated"), plain]),
+        "llama-bpe": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(llama3), "isolated"), plain]),
+        "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"), plain]),
     }[rule]
     trainer = trainers.BpeTrainer(
         vocab_size=420,
