@@ -127,7 +127,7 @@ def _training(config: Config) -> list[str]:
         problems.append("data.path is empty; set data.path=<file of rows, .jsonl or .json>")
     for key, path in (("data.path", data.path), ("data.evaluate_path", data.evaluate_path)):
         if path and not path.startswith("package:") and not Path(path).is_file():
-            problems.append(f"{key}={path} is not a file")
+            problems.append(f"{key}={path} is not a file; give a JSONL file or a JSON array")
     if data.evaluate_path == "":
         problems.append("data.evaluate_path is empty; set a file or remove it")
     if data.evaluate_path and data.evaluate_fraction:
@@ -185,7 +185,7 @@ def _serving(config: Config, command: str) -> list[str]:
         if name == base:
             problems.append(f"adapters.{name}={path} has the name of the base model; use another")
         if not Path(path).is_dir():
-            problems.append(f"adapters.{name}={path} is not a directory")
+            problems.append(f"adapters.{name}={path} is not a directory; give the one PEFT or training wrote")
     return problems
 
 
@@ -195,7 +195,7 @@ def _generation(config: GenerateConfig) -> list[str]:
         state = "neither is set" if config.prompt is None else "both are set"
         problems.append(f"prompt and prompts: {state}; set prompt=<text> or prompts=<file.jsonl>")
     if config.prompts is not None and not Path(config.prompts).is_file():
-        problems.append(f"prompts={config.prompts} is not a file")
+        problems.append(f"prompts={config.prompts} is not a file; give a JSONL file")
     if config.adapter is not None and config.adapter not in config.adapters:
         known = ", ".join(config.adapters) or "none"
         problems.append(

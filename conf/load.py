@@ -49,6 +49,8 @@ from conf.schema import (
 )
 
 FOLDER = Path(__file__).parent
+UNCHECKED = ("bench", "show")
+"""Commands without a model, which `conf.check` does not see."""
 AXES = ("data", "pipeline", "context", "tensor")
 Values = list[tuple[str, Any]]
 
@@ -68,7 +70,8 @@ def load(argv: Sequence[str], command: Literal["show"]) -> ShowConfig: ...
 def load(argv: Sequence[str], command: str) -> Any:
     """The configuration of a command from its arguments (`sys.argv[1:]`), types checked.
 
-    Rules across fields are `conf.check`'s. `--help` among the arguments prints every option and exits.
+    Rules across fields and ranges are `conf.check`'s, so that it can tell all that is wrong at once; a command that
+    has no model is checked here. `--help` among the arguments prints every option and exits.
 
     Raises:
         ConfigError: unknown keys and choices, values of a wrong type, options without effect: one a line.
@@ -83,7 +86,11 @@ def load(argv: Sequence[str], command: str) -> Any:
         _set(tree, key, value)
     config = build(ROOTS[command], tree, problems)
     if config is not None:
-        problems += out_of_range(config) + unused(config, {key for key, _ in values})
+        problems += unused(config, {key for key, _ in values})
+        if command in UNCHECKED:
+            problems += out_of_range(config)
+        else:
+            problems = [problem for problem in problems if problem not in unused(config)]
     if problems:
         raise ConfigError("\n".join(problems))
     return config

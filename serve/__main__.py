@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
         config = load.load(arguments, "serve")
         source = open_source(config.model)
         config = check(config, "serve", launch.world_size, source.architecture)
-        prefixes = check_adapters(config.adapters, source)
+        check_adapters(config.adapters, source)
         if launch.rank == 0:
             tokenizer = source.tokenizer()
             handle = api.start(host=config.host, port=config.port, tokenizer=tokenizer, api_key=config.serve.api_key)
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         engine = build_engine(config, source, launch)
         front = None if handle is None else ApiFront(handle, stop)
         if handle is not None:
-            _announce(config, source, engine, handle, prefixes)
+            _announce(config, source, engine, handle)
         engine.run(front)
         code, reason = 0, "the server was asked to stop"
     except ConfigError as error:
@@ -116,19 +116,17 @@ class ApiFront:
             self._link.send(message)
 
 
-def _announce(config: Config, source: Source, engine: Engine, handle: ApiHandle, prefixes: dict[str, int]) -> None:
+def _announce(config: Config, source: Source, engine: Engine, handle: ApiHandle) -> None:
     """Tells the API process, and whoever reads the terminal, that the engine is ready."""
     name = config.serve.model_name or config.model.name
-    longest = config.serve.max_length
-    assert longest is not None
     adapters = [
-        {"name": adapter, "path": path, "max_length": longest - prefixes[adapter]}
+        {"name": adapter, "path": path, "max_length": engine.longest(adapter)}
         for adapter, path in config.adapters.items()
     ]
     ready = {
         "model_name": name,
         "root": config.model.path or name,
-        "max_length": longest,
+        "max_length": engine.max_length,
         "vocab_size": source.architecture.vocab_size,
         "adapters": adapters,
     }

@@ -4,6 +4,7 @@ import asyncio
 import enum
 import itertools
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -39,6 +40,10 @@ class Sink(Protocol):
 
     def accept(self, output: Output) -> None:
         """Takes one output; the one with `finish` set is the last."""
+        ...
+
+    def fail(self, reason: str) -> None:
+        """No output will come any more, because of `reason`."""
         ...
 
 
@@ -78,7 +83,7 @@ class EngineClient:
     def submit(self, request: Request, sink: Sink) -> None:
         """Sends `request`; its outputs go to `sink` until one has `finish` set."""
         if self.closed.done():
-            sink.accept(_lost(request.id, self.closed.result()))
+            sink.fail(f"the server is shutting down: {self.closed.result()}")
             return
         self._sinks[request.id] = sink
         self._say("submit", request.to_dict())
@@ -150,7 +155,12 @@ class EngineClient:
             return
         if output.finish is not None:
             del self._sinks[output.id]
-        sink.accept(output)
+        try:
+            sink.accept(output)
+        except Exception as error:  # a token nobody can spell must not end everyone else's streams
+            traceback.print_exc()
+            self.cancel(output.id)
+            sink.fail(f"the server failed: {type(error).__name__}: {error}")
 
     def _start(self, ready: Mapping[str, Any]) -> None:
         name = ready["model_name"]
@@ -183,8 +193,8 @@ class EngineClient:
             return
         self.phase = Phase.STOPPING
         sinks, self._sinks = self._sinks, {}
-        for id, sink in sinks.items():
-            sink.accept(_lost(id, reason))
+        for sink in sinks.values():
+            sink.fail(f"the server is shutting down: {reason}")
         for answer in self._replies.values():
             if not answer.done():
                 answer.set_exception(ApiError(503, f"the server is shutting down: {reason}"))
@@ -207,8 +217,3 @@ class EngineClient:
     def _say(self, key: str, item: Message | str) -> None:
         if self._link is not None:
             self._link.say(key, item)
-
-
-def _lost(id: str, reason: str) -> Output:
-    """The last output of a request whose engine is gone."""
-    return Output(id=id, finish="error", error=f"the server is shutting down: {reason}")

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from conf.schema import ConfigError
@@ -50,7 +51,7 @@ class Turn:
 
     outputs: Sequence[Output] = ()
     replies: Sequence[Mapping[str, Any]] = ()
-    """Answers to adapter events: {"reply", "error": text or None}."""
+    """Answers to adapter events: {"reply", "error": text or None}, after a load also "max_length"."""
     stats: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -69,8 +70,9 @@ class Front(Protocol):
 class Engine:
     """Scheduler, runner and sampler of one rank. All ranks of the mesh call `run` (or `turn`) together."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, sampler: Sampler, pool: PagePool) -> None:
+    def __init__(self, runner: Runner, scheduler: Scheduler, sampler: Sampler, pool: PagePool, max_length: int) -> None:
         self.runner, self.scheduler, self.sampler, self.pool = runner, scheduler, sampler, pool
+        self.max_length = max_length
         self.mesh: Mesh = runner.mesh
         self._unloading: dict[str, Any] = {}
 
@@ -121,17 +123,35 @@ class Engine:
     def _adapter(self, event: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """Replies to a load at once; to an unload when no request uses the adapter any more."""
         name, reply = event["name"], event["reply"]
+        if event["op"] == "load":
+            error = self._load(name, Path(event["path"]))
+            longest = {} if error is not None else {"max_length": self.longest(name)}
+            return [{"reply": reply, "error": error, **longest}]
+        if self.scheduler.uses(name):
+            self._unloading[name] = reply
+            return []
         try:
-            if event["op"] == "load":
-                self.runner.load_adapter(name, Path(event["path"]), self.pool)
-            elif self.scheduler.uses(name):
-                self._unloading[name] = reply
-                return []
-            else:
-                self.runner.unload_adapter(name, self.pool)
+            self.runner.unload_adapter(name, self.pool)
         except ConfigError as error:
             return [{"reply": reply, "error": str(error)}]
         return [{"reply": reply, "error": None}]
+
+    def _load(self, name: str, directory: Path) -> str | None:
+        """Loads on every rank or on none (a host may lack the files); returns what went wrong."""
+        error: str | None = None
+        try:
+            self.runner.load_adapter(name, directory, self.pool)
+        except ConfigError as refusal:
+            error = str(refusal)
+        anywhere = comm.all_reduce(torch.tensor([int(error is not None)]), self.mesh.world, "max").item()
+        if anywhere and error is None:
+            self.runner.unload_adapter(name, self.pool)
+            error = f"adapters.{name}={directory} could not be loaded on another rank; see its log"
+        return error
+
+    def longest(self, adapter: str) -> int:
+        """Most tokens of a request with this adapter: a prefix takes its length off the context."""
+        return self.max_length - self.runner.adapters[adapter].length
 
     def _finish_unloading(self) -> list[Mapping[str, Any]]:
         done = [name for name in self._unloading if not self.scheduler.uses(name)]

@@ -90,6 +90,12 @@ class Choice:
         else:
             self.changed()
 
+    def fail(self, reason: str) -> None:
+        """Ends the choice without an answer; Sink's interface."""
+        if not self.is_done:
+            self.error = reason
+            self.finish("error")
+
     def finish(self, reason: str, stop: str | int | None = None) -> None:
         """Ends the choice: the text that was held back goes out, the metrics get the times."""
         assert not self.is_done, f"{self.request.id} ended twice: {self.finish_reason}, {reason}"

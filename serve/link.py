@@ -92,7 +92,7 @@ class ClientMessages:
 
 
 class EngineLink:
-    """The engine's end: synchronous, never blocks longer than the timeout it was given."""
+    """The engine's end, for one thread: synchronous, never blocks longer than the timeout it was given."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)

@@ -16,7 +16,6 @@ from parallel.adapters import lora, peft
 from parallel.adapters.prefix import Prefix
 from parallel.mesh import Mesh
 from parallel.model.decoder import Decoder
-from parallel.model.safetensors_io import read_header
 from parallel.model.step import Step
 from parallel.pipeline import run
 from parallel.sharding import Spec, partition
@@ -84,12 +83,7 @@ class Runner:
         if name in self.adapters:
             raise ConfigError(f"adapters.{name} is already loaded; unload it first or choose another name")
         adapter = peft.read(directory, self.decoder.architecture)
-        trained_on = read_header(directory / peft.WEIGHTS).metadata.get("onemesh.base", self.base)
-        if trained_on != self.base:
-            raise ConfigError(
-                f"adapters.{name}={directory} was trained on other weights than those that are served; "
-                "serve the model named in its adapter_config.json"
-            )
+        peft.check_base(directory, self.base)
         weights = directory / peft.WEIGHTS
 
         def read(spec: Spec, dtype: torch.dtype) -> Tensor:

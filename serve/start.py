@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from conf.schema import Config, ServeConf, memory_bytes
+from conf.schema import Config, ConfigError, ServeConf, memory_bytes
 from kernels import dispatch
 from parallel import comm
 from parallel.adapters import peft
@@ -24,14 +24,21 @@ from serve.sampler import Sampler
 from serve.scheduler import Limits, Scheduler
 
 
-def check_adapters(adapters: Mapping[str, str], source: Source) -> dict[str, int]:
-    """The prefix length of each adapter (0 for LoRA), read from headers before anything starts.
+def check_adapters(adapters: Mapping[str, str], source: Source) -> None:
+    """Checks the adapters' headers against the base model before anything starts.
 
     Raises:
-        ConfigError: one isn't a supported adapter, or was made for another base.
+        ConfigError: each one that isn't a supported adapter, or was made for another base; one a line.
     """
-    found = {name: peft.read(Path(path), source.architecture) for name, path in adapters.items()}
-    return {name: adapter.virtual_tokens for name, adapter in found.items()}
+    problems: list[str] = []
+    for name, path in adapters.items():
+        try:
+            peft.read(Path(path), source.architecture)
+            peft.check_base(Path(path), source.fingerprint)
+        except ConfigError as error:
+            problems.append(f"adapters.{name}={path}: {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def build_engine(config: Config, source: Source, launch: Launch, *, max_chunk: int | None = None) -> Engine:
@@ -63,7 +70,7 @@ def build_engine(config: Config, source: Source, launch: Launch, *, max_chunk: i
     for name, path in config.adapters.items():
         runner.load_adapter(name, Path(path), pool)
     eos_ids = source.tokenizer().eos_ids
-    return Engine(runner, Scheduler(limits, pool, eos_ids), Sampler(eos_ids), pool)
+    return Engine(runner, Scheduler(limits, pool, eos_ids), Sampler(eos_ids), pool, limits.max_length)
 
 
 def _limits(serve: ServeConf, source: Source, max_chunk: int | None) -> Limits:

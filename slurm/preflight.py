@@ -2,7 +2,7 @@
 
 Each node runs `python -m slurm.preflight HEAD PORT`: it looks at itself, connects to the head node on the
 port that the rendezvous will use, and tells it what it runs and sees. The head node compares and prints all
-problems at once, and every node ends with 2 if there are any.
+problems at once, and every node ends with 2 if there are any. Standard output is the node's own address.
 """
 
 import hashlib
@@ -49,8 +49,11 @@ class Facts:
     problems: tuple[str, ...] = ()
 
 
-def look(environment: Mapping[str, str]) -> Facts:
-    """The facts of this node, from `environment` (Slurm's variables and those of env.sh) and the machine."""
+def look(environment: Mapping[str, str], address: str) -> Facts:
+    """The facts of this node, from `environment` (Slurm's variables and those of env.sh) and the machine.
+
+    `address` is the node's own one, by which the others reach it.
+    """
     digest = hashlib.sha256()
     for package in PACKAGES:
         for file in sorted((PROJECT / package).rglob("*.py")):
@@ -63,11 +66,11 @@ def look(environment: Mapping[str, str]) -> Facts:
         # Nodes that see one shared folder see one inode.
         folder=f"{Path.cwd()} inode {Path.cwd().stat().st_ino}",
         ranks=environment["RANKS_PER_NODE"],
-        problems=tuple(local_problems(environment)),
+        problems=tuple(local_problems(environment, address)),
     )
 
 
-def local_problems(environment: Mapping[str, str]) -> list[str]:
+def local_problems(environment: Mapping[str, str], address: str) -> list[str]:
     """What is wrong with this node alone, one line each."""
     problems: list[str] = []
     if not _torch_version():
@@ -79,14 +82,26 @@ def local_problems(environment: Mapping[str, str]) -> list[str]:
     if interface and interface not in present:
         names = ", ".join(sorted(present))
         problems.append(f"GLOO_SOCKET_IFNAME={interface} is no interface; use one of {names} in slurm/env.sh")
-    if int(environment["SLURM_NNODES"]) > 1 and not interface:
-        address = _address_of(socket.gethostname())
-        if address is None or ipaddress.ip_address(address).is_loopback:
+    if int(environment["SLURM_NNODES"]) > 1 and not interface and not _is_loopback(address):
+        named = _address_of(socket.gethostname())
+        if named is None or _is_loopback(named):
             problems.append(
-                f"this node's name stands for {address or 'no address'}, which other nodes cannot reach; "
+                f"this node is {address} to other nodes, but its own name stands for {named or 'no address'}; "
                 "set GLOO_SOCKET_IFNAME in slurm/env.sh"
             )
     return problems
+
+
+def own_address(head: str) -> str:
+    """The address of this node on the network that it reaches the head node through.
+
+    Where all nodes are one machine that is a loopback address, and may be the same one for all of them; then it is
+    the address that the node's name stands for.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((head, 1))  # sends nothing, only finds the route
+        address = str(probe.getsockname()[0])
+    return (_address_of(socket.gethostname()) or address) if _is_loopback(address) else address
 
 
 def compare(nodes: Sequence[Facts]) -> list[str]:
@@ -151,22 +166,22 @@ def report(facts: Facts, head: str, port: int, timeout_s: float = TIMEOUT_S) -> 
 
 
 def main(head: str, port: int) -> int:
-    """Runs this node's part of the check; returns 0 if every node is fit, else 2."""
-    facts = look(os.environ)
-    nodes = int(os.environ["SLURM_NNODES"])
+    """Runs this node's part of the check; prints the node's address; returns 0 if every node is fit, else 2."""
+    address = own_address(head)
+    facts = look(os.environ, address)
     problems: list[str] = []
-    if nodes > 1 and ipaddress.ip_address(head).is_loopback:
-        problems.append(f"the head node's address is {head}, which other nodes cannot reach; see its /etc/hosts")
-    elif os.environ["SLURM_NODEID"] == "0":
-        problems = gather(facts, port, nodes)
+    if os.environ["SLURM_NODEID"] == "0":
+        problems = gather(facts, port, int(os.environ["SLURM_NNODES"]))
+        fit = not problems
     else:
         try:
-            return 0 if report(facts, head, port) else 2
+            fit = report(facts, head, port)
         except Unreachable as error:
-            problems.append(str(error))
+            problems, fit = [str(error)], False
     for problem in problems:
         print(f"preflight: {problem}", file=sys.stderr)
-    return 2 if problems else 0
+    print(address)
+    return 0 if fit else 2
 
 
 def _facts(line: str) -> Facts:
@@ -179,6 +194,10 @@ def _torch_version() -> str:
         return metadata.version("torch")
     except metadata.PackageNotFoundError:
         return ""
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback
 
 
 def _address_of(host: str) -> str | None:

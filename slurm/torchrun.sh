@@ -6,14 +6,13 @@ set -euo pipefail
 # may a rank that is still starting; a rank that can save sets a handler, which this does not prevent.
 trap '' USR1
 
-# The head node is where the batch script and therefore srun run. Both addresses are real ones, never loopback.
+# The head node is where the batch script and therefore srun run.
 head=$SLURM_LAUNCH_NODE_IPADDR
 port=$((15000 + SLURM_JOB_ID % 15000))
-ONEMESH_ADDRESS=$(ip -oneline route get "$head" | sed 's/.* src \([^ ]*\).*/\1/')
-export ONEMESH_ADDRESS
 export RANKS_PER_NODE="${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"
 
-python -m slurm.preflight "$head" "$port"
+ONEMESH_ADDRESS=$(python -m slurm.preflight "$head" "$port")
+export ONEMESH_ADDRESS
 
 exec torchrun \
     --nnodes="$SLURM_NNODES" --nproc-per-node="$RANKS_PER_NODE" \

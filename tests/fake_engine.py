@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 
+import httpx
+
 from parallel.model.tokenizer_bytes import byte_tokenizer
 from serve import api
 from serve.link import LinkClosed
@@ -134,11 +136,26 @@ class FakeEngine:
         return Output(id=id, tokens=(token,), logprobs=logprobs, finish=finish)
 
 
+def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    """Whether `condition` becomes true within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+def health(url: str) -> tuple[int, str]:
+    """What /health says: the HTTP status and the word."""
+    response = httpx.get(f"{url}/health", timeout=20)
+    return response.status_code, response.json()["status"]
+
+
 @contextmanager
 def running(**options):
     """A fake engine that answers, stopped in the end."""
     engine = FakeEngine(**options).ready()
     try:
+        assert eventually(lambda: health(engine.url) == (200, "ok"), 20)
         yield engine
     finally:
         engine.stop()

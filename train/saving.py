@@ -158,7 +158,7 @@ def _public_files(model: Model, source: Source) -> list[TensorFile]:
     metadata = {"format": "pt"}
     if model.adapter is None:
         return [TensorFile(MODEL, [Block(spec, p) for spec, p in model.decoder.placed()], metadata)]
-    metadata["onemesh.base"] = source.fingerprint
+    metadata[peft.BASE] = source.fingerprint
     if model.prefix is None:
         return [TensorFile(peft.WEIGHTS, [Block(spec, p) for spec, p in model.trainable()], metadata)]
     tokens, *body = model.prefix.file_spec.shape

@@ -18,8 +18,6 @@ def http():
     with running(api_key="secret") as engine:
         headers = {"Authorization": "Bearer secret"}
         with httpx.Client(base_url=engine.url, timeout=20, headers=headers) as client:
-            while client.get("/health").status_code != 200:
-                pass
             yield client
 
 
@@ -60,7 +58,8 @@ CHAT_CASES = {
         "messages[0].mood", "not supported",
     ),
     "tool call without a function": (
-        {"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls", "no function call",
+        {"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]},
+        "messages[0].tool_calls", "no function call",
     ),
     "tool arguments that aren't JSON": (
         {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from tests.fake_engine import running
+from tests.fake_engine import eventually, running
 
 CHAT = "/v1/chat/completions"
 
@@ -17,7 +17,6 @@ CHAT = "/v1/chat/completions"
 @pytest.fixture(scope="module")
 def engine():
     with running() as engine:
-        wait_ready(engine.url)
         yield engine
 
 
@@ -33,22 +32,8 @@ def client(engine):
         yield client
 
 
-def wait_ready(url: str) -> None:
-    deadline = time.monotonic() + 20
-    while httpx.get(f"{url}/health", timeout=20).status_code != 200:
-        assert time.monotonic() < deadline, "the server didn't become ready"
-        time.sleep(0.02)
-
-
 def user(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
-
-
-def eventually(condition, seconds: float = 5.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return condition()
 
 
 def events(response: httpx.Response) -> list[dict]:

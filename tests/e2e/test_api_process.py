@@ -16,21 +16,13 @@ from conf.schema import ConfigError
 from parallel.model.tokenizer_bytes import byte_tokenizer
 from serve import api
 from serve.link import LinkClosed
-from tests.fake_engine import FakeEngine, running
+from tests.fake_engine import READY, FakeEngine, eventually, health, running
 
 USER = [{"role": "user", "content": "say x"}]
 
 
-def wait_until(condition, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it didn't happen"
-        time.sleep(0.02)
-
-
-def health(url: str) -> tuple[int, str]:
-    response = httpx.get(f"{url}/health", timeout=20)
-    return response.status_code, response.json()["status"]
+def wait_until(condition) -> None:
+    assert eventually(condition), "it didn't happen"
 
 
 def test_the_port_answers_starting_until_the_engine_is_ready():
@@ -42,6 +34,19 @@ def test_the_port_answers_starting_until_the_engine_is_ready():
         assert httpx.get(f"{engine.url}/metrics").status_code == 200
         engine.ready()
         wait_until(lambda: health(engine.url) == (200, "ok"))
+    finally:
+        assert engine.stop() == 0
+
+
+def test_an_engine_that_is_stopping_takes_no_new_requests():
+    engine = FakeEngine()
+    try:
+        engine.handle.link.send({"ready": READY})
+        wait_until(lambda: health(engine.url) == (200, "ok"))
+        engine.handle.link.send({"stopping": True})
+        wait_until(lambda: health(engine.url) == (503, "stopping"))
+        refused = httpx.post(f"{engine.url}/v1/completions", json={"prompt": "x"}, timeout=20)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
     finally:
         assert engine.stop() == 0
 

@@ -11,9 +11,9 @@ from kernels.dispatch import REFERENCE, select
 from kernels.invariance import cancelling_factors, check_row_invariance
 
 CPU = torch.device("cpu")
-ROWS = (1, 2, 3, 4, 5, 7, 9, 16, 17, 33, 64, 127, 512)
+ROWS = (1, 2, 3, 5, 9, 16, 33, 127, 512)
 SMOLLM2 = [(576, 576), (192, 576), (1536, 576), (576, 1536)]
-HALVES_AND_THIRDS = [(320, 576), (256, 576), (128, 576), (768, 576), (512, 576), (576, 768), (576, 384)]
+HALVES_AND_THIRDS = [(320, 576), (64, 576), (768, 576), (576, 768), (576, 512)]
 ODD = [
     (8, 576),
     (576, 8),
@@ -60,9 +60,9 @@ def test_linear_rows_do_not_depend_on_their_number_or_place(dtype, n, k, threads
     for b, counts in ((None, ROWS), (bias, (1, 2, 17))):
         expected = on_one_thread(lambda b=b: ops.linear(x, w, b))
         for rows in counts:
-            for start in (0, 530 - rows):
-                got = ops.linear(x[start : start + rows], w, b)
-                assert torch.equal(got, expected[start : start + rows]), (rows, start)
+            start = 7 * rows % (531 - rows)
+            got = ops.linear(x[start : start + rows], w, b)
+            assert torch.equal(got, expected[start : start + rows]), (rows, start)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -104,7 +104,7 @@ def test_pointwise_rows(dtype, width, threads):
     }
     for name, case in cases.items():
         expected = on_one_thread(lambda case=case: case(slice(0, 700)))
-        for rows in (1, 3, 33, 511):
+        for rows in (1, 33, 511):
             for start in (0, 700 - rows):
                 got = case(slice(start, start + rows))
                 assert torch.equal(got, expected[start : start + rows]), (name, rows, start)

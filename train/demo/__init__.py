@@ -1,0 +1,1 @@
+"""The demo: fine-tunes a chat model on the rows beside this file and shows what it learned."""
