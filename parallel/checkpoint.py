@@ -68,7 +68,7 @@ def save(directory: Path, files: Sequence[TensorFile], texts: Mapping[str, str],
         for name, text in texts.items():
             path = partial / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
             _sync(path)
     comm.barrier(mesh.world)
     writes = mesh.replicas.rank == 0

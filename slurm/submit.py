@@ -70,8 +70,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         config = check(load(argv, "submit"), "submit", None, None)
         environment = cluster_environment()
-        asked = config.nodes if any(argument.startswith("nodes=") for argument in argv) else None
-        nodes, ranks = place(config.parallel, asked, ranks_per_node(environment))
+        nodes, ranks = place(config.parallel, config.nodes, ranks_per_node(environment))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

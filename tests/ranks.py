@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["torch", "parallel.comm", "parallel.mesh", "kernels.dispatch", "train.step", "tests.ranks"]
+PRELOAD = ["torch._dynamo", "matplotlib.backends.backend_agg", "train.__main__", "serve.start", "tests.ranks"]
 
 
 def on_ranks(count: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:

@@ -74,6 +74,7 @@ def prepare(arguments: Sequence[str], launch: Launch) -> Inputs:
     resume = saving.find_resume(config)
     saving.check_base(resume, source, config)
     data = load_training_data(config.data, source.tokenizer())
+    saving.check_data(resume, data.train.fingerprint, config)
     weights = source
     if resume is not None and config.tune.kind == "full":
         weights = open_source(replace(config.model, path=str(resume.directory), architecture=None))

@@ -101,6 +101,8 @@ def train(config: Config, trainer: Trainer, source: Source, data: TrainingData, 
     order = StepOrder(len(data.train), config.train.seed, config.train.batch_size)
     step = 0 if resume is None else resume.step
     code = 0
+    if step >= config.train.steps:
+        recorder.note(f"nothing to do: step {step} is done and train.steps={config.train.steps}; raise it to go on")
     while step < config.train.steps:
         step += 1
         record = _one_step(trainer, step, data, order)
@@ -110,7 +112,7 @@ def train(config: Config, trainer: Trainer, source: Source, data: TrainingData, 
             recorder.evaluation(step, trainer.evaluate(data.evaluate))
         stopping = not last and stop.asked()
         if last or stopping or _due(step, config.train.save_every):
-            directory = saving.save(trainer, source, step, recorder.run_id)
+            directory = saving.save(trainer, source, data.train.fingerprint, step, recorder.run_id)
             recorder.note(f"step {step}: saved {directory}")
         if stopping:
             recorder.note(f"step {step}: asked to stop; start the same command again to go on from here")

@@ -55,6 +55,8 @@ class Resume:
     calm: int
     base: str
     """Fingerprint of the base model's weights (adapters)."""
+    data: str
+    """Fingerprint of the tokenised training rows."""
 
 
 def find_resume(config: Config) -> Resume | None:
@@ -81,6 +83,7 @@ def find_resume(config: Config) -> Resume | None:
             state["loss_scale"],
             state["calm"],
             state["base"],
+            state["data"],
         )
     except FileNotFoundError as error:
         raise ConfigError(
@@ -108,6 +111,15 @@ def check_base(resume: Resume | None, source: Source, config: Config) -> None:
         )
 
 
+def check_data(resume: Resume | None, fingerprint: str, config: Config) -> None:
+    """Raises ConfigError when the training rows aren't those of the checkpoint: its position in them means nothing."""
+    if resume is not None and resume.data != fingerprint:
+        raise ConfigError(
+            f"data.path={config.data.path} holds other rows than when {resume.directory} was written; "
+            "give the same file, use another run_dir, or train.resume=never"
+        )
+
+
 def adapter_reader(config: Config, resume: Resume | None) -> Read | None:
     """Blocks of the saved adapter's trainable parameters, None for a new adapter or full fine-tuning."""
     if resume is None or config.tune.kind == "full":
@@ -131,8 +143,8 @@ def restore(trainer: Trainer, resume: Resume) -> None:
     trainer.loss_scale = LossScale(trainer.loss_scale.dynamic, resume.loss_scale, resume.calm)
 
 
-def save(trainer: Trainer, source: Source, step: int, run_id: str | None) -> Path:
-    """Writes `run_dir/checkpoints/step-<step>`; collective. Returns the directory."""
+def save(trainer: Trainer, source: Source, data: str, step: int, run_id: str | None) -> Path:
+    """Writes `run_dir/checkpoints/step-<step>`; collective. Returns the directory. data: the rows' fingerprint."""
     config = trainer.config
     directory = Path(config.run_dir) / "checkpoints" / f"step-{step}"
     with torch.no_grad():
@@ -144,6 +156,7 @@ def save(trainer: Trainer, source: Source, step: int, run_id: str | None) -> Pat
         "loss_scale": trainer.loss_scale.scale,
         "calm": trainer.loss_scale.calm,
         "base": source.fingerprint,
+        "data": data,
     }
     texts = {STATE: json.dumps(state, indent=2) + "\n", CONFIG: load.to_yaml(config)}
     if trainer.mesh.world.rank == 0:
@@ -197,5 +210,5 @@ def _public_texts(config: Config, model: Model, source: Source) -> Mapping[str, 
     texts = {"config.json": json.dumps(hf, indent=2) + "\n"}
     with tempfile.TemporaryDirectory() as folder:
         source.tokenizer().save(Path(folder))
-        texts |= {path.name: path.read_text() for path in Path(folder).iterdir()}
+        texts |= {path.name: path.read_text(encoding="utf-8") for path in Path(folder).iterdir()}
     return texts

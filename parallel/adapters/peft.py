@@ -138,16 +138,23 @@ def read(directory: Path, architecture: Architecture) -> Adapter:
     Raises:
         ConfigError: no adapter there, a kind or option that isn't supported, or tensors that don't match the base.
     """
+    try:
+        return _read(directory, architecture)
+    except OSError as error:
+        raise ConfigError(f"{directory} can't be read ({error.strerror}); give the directory PEFT wrote") from None
+
+
+def _read(directory: Path, architecture: Architecture) -> Adapter:
     config_path, weights = directory / CONFIG, directory / WEIGHTS
     if not config_path.is_file():
         raise ConfigError(f"{directory} is no adapter directory: it has no {CONFIG}; give the directory PEFT wrote")
     if not weights.is_file():
         found = sorted(path.name for path in directory.glob("adapter_model.*"))
-        hint = f" (found {found[0]}: pickle files are refused, save it as safetensors)" if found else ""
-        raise ConfigError(f"{directory} has no {WEIGHTS}{hint}")
+        pickle = f"{found[0]} is a pickle, which is refused: save it as safetensors" if found else ""
+        raise ConfigError(f"{directory} has no {WEIGHTS}; {pickle or 'give the directory PEFT wrote'}")
     try:
         config = json.loads(config_path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{config_path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{config_path} is not a JSON object; give the file PEFT wrote")
@@ -217,8 +224,14 @@ def _read_lora(config: Mapping[str, Any], header: Header, directory: Path, archi
             )
     if not ranks:
         raise ConfigError(f"{directory / WEIGHTS} holds no tensor")
-    modules = tuple(LoraModule(m, ranks[m]["A"], _scale(config, m, ranks[m]["A"])) for m in shapes if m in ranks)
-    return Adapter(kind="lora", modules=modules, dropout=float(config.get("lora_dropout") or 0.0))
+    try:
+        modules = tuple(LoraModule(m, ranks[m]["A"], _scale(config, m, ranks[m]["A"])) for m in shapes if m in ranks)
+        dropout = float(config.get("lora_dropout") or 0.0)
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise ConfigError(
+            f"{directory / CONFIG}: lora_alpha, alpha_pattern or lora_dropout is no number ({error}); export it again"
+        ) from None
+    return Adapter(kind="lora", modules=modules, dropout=dropout)
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
