@@ -1,1 +1,1 @@
-"""Operators: the spec (`reference`), its fast torch form (`torch_ops`, `autograd`) and the choice (`dispatch`)."""
+"""Operators: the spec (`reference`), its fast form on CPUs (`torch_ops`), the choice (`dispatch`)."""

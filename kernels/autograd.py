@@ -36,8 +36,9 @@ _EXTRA_COLUMNS = 16
 def onednn_linear(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """`x @ w^T + bias` by oneDNN, for float32 and bfloat16 of any strides; no autograd.
 
-    In float32 it is twice as fast as torch's own choice (MKL) on AMD. In bfloat16 it is torch's own choice too,
-    except that torch computes products of up to 4096 multiply-adds elsewhere, in another order of summation.
+    In float32 it is twice as fast as torch's own choice (MKL) on AMD. In bfloat16 it is torch's own choice
+    too, except that torch computes products of up to 4096 multiply-adds elsewhere, in another order of
+    summation.
     """
     if 0 in (*x_TK.shape, *w_NK.shape):
         return F.linear(x_TK, w_NK, bias_N)
@@ -51,9 +52,7 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """`onednn_linear` or `F.linear`."""
 
 
-def padded_linear(
-    x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None, product: Product, min_rows: int
-) -> Tensor:
+def padded_linear(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None, product: Product, min_rows: int) -> Tensor:
     """The product with x padded with zero rows to `min_rows`, cut back to T rows."""
     rows = x_TK.shape[0]
     if 0 < rows < min_rows:
@@ -65,9 +64,7 @@ class Linear(torch.autograd.Function):
     """`x @ w^T + bias` by the given product, forward and backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None, product: Product, min_rows: int
-    ) -> Tensor:
+    def forward(ctx: Any, x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None, product: Product, min_rows: int) -> Tensor:
         """[T, N] in x.dtype, by `padded_linear`."""
         ctx.save_for_backward(x_TK, w_NK)
         ctx.product = product
@@ -167,7 +164,8 @@ def group_heads(q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, heads: tuple[int, .
     group = even_group(heads, k_SKH.shape[1])
     if group is not None:
         q = q_QNH.unflatten(1, (-1, group)).permute(1, 2, 0, 3)
-        return q, *(t.transpose(0, 1)[:, None].expand(-1, group, -1, -1) for t in (k_SKH, v_SKH))
+        k, v = (t.transpose(0, 1)[:, None].expand(-1, group, -1, -1) for t in (k_SKH, v_SKH))
+        return q, k, v
     index = torch.tensor(heads, dtype=torch.int64, device=k_SKH.device)
     k, v = (t.index_select(1, index).transpose(0, 1)[:, None] for t in (k_SKH, v_SKH))
     return q_QNH.transpose(0, 1)[:, None], k, v

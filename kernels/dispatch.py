@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from kernels import invariance, reference, torch_ops
+from kernels import invariance, reference, tiles, torch_ops
 from kernels.ops import Ops
 from kernels.paged import PagedLayout
 
@@ -43,7 +43,7 @@ def torch_cpu(rule: invariance.RowRule) -> Ops:
         attention_prefix=torch_ops.attention_prefix,
         merge_attention=reference.merge_attention,
         write_pages=torch_ops.write_pages,
-        paged_layout=torch_ops.paged_layout,
+        paged_layout=tiles.paged_layout,
         attention_paged=functools.partial(torch_ops.attention_paged, row_multiple=rule.row_multiple),
     )
 

@@ -1,4 +1,4 @@
-"""Where the queries and keys of one serving step lie: the argument that `attention_paged` shares between all layers.
+"""Where the queries and keys of one serving step lie: an argument that all layers share.
 
 A request's keys live in pages of S slots, listed by its row of the block table; position p is slot `p % S` of
 page `table[p // S]`. Three chunks of one step, page size 4 (`.` = unused slot, never read; `x` = unused table
@@ -21,7 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class PagedLayout:
-    """Query rows, key counts and pages of the B chunks of one step, with an optional prefix segment per chunk.
+    """Query rows, key counts and pages of the B chunks of one step; a chunk may have a prefix segment.
 
     Build it with `PagedLayout.build` (or `Ops.paged_layout`, which adds what its backend wants precomputed).
     """
@@ -86,8 +86,12 @@ class PagedLayout:
         """T, the query rows of all chunks."""
         return self.query_starts[-1]
 
+    def end(self, chunk: int) -> int:
+        """Keys of a chunk, its prefix included."""
+        return self.prefix_lengths[chunk] + self.kv_lengths[chunk]
+
     def slots(self, chunk: int, *, prefix: bool = False) -> Tensor:
-        """Flat slots `page * S + slot` of a chunk's keys in position order, [kv_length] int64 (or of its prefix)."""
+        """Flat slots `page * S + slot`, [kv_length] int64, of a chunk's keys in order (or of its prefix)."""
         table = self.prefix_table_BM if prefix else self.block_table_BM
         length = (self.prefix_lengths if prefix else self.kv_lengths)[chunk]
         positions = torch.arange(length, device=table.device)
@@ -101,13 +105,10 @@ def _padded(
     page_size: int,
     device: torch.device | str,
 ) -> Tensor:
-    """The tables as one int64 tensor [B, M]; raises ValueError when one has fewer pages than its length needs."""
+    """The tables as one int64 tensor [B, M]; ValueError when one has fewer pages than its length needs."""
     if len(tables) != len(lengths):
         raise ValueError(f"{name} has {len(tables)} rows for {len(lengths)} chunks")
-    if isinstance(tables, Tensor):
-        widths = [tables.shape[1]] * len(tables)
-    else:
-        widths = [len(row) for row in tables]
+    widths = [len(row) for row in tables]
     for b, (width, length) in enumerate(zip(widths, lengths, strict=True)):
         if width * page_size < length:
             raise ValueError(f"{name}[{b}] has {width} pages of {page_size} slots for {length} keys")

@@ -30,12 +30,12 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_kv_index(num_heads: int, num_kv_heads: int, kv_index: Sequence[int] | None) -> tuple[int, ...]:
-    """The kv head of every query head as a tuple of `num_heads` entries; ValueError if it doesn't fit the shapes."""
+    """The kv head of every query head, `num_heads` entries; ValueError if it doesn't fit the shapes."""
     if kv_index is None:
         if num_heads % max(num_kv_heads, 1):
             raise ValueError(
-                f"kv_index=None needs num_heads divisible by num_kv_heads, got {num_heads} and {num_kv_heads}; "
-                "pass kv_index"
+                f"kv_index=None needs num_heads divisible by num_kv_heads, "
+                f"got {num_heads} and {num_kv_heads}; pass kv_index"
             )
         return tuple(n * num_kv_heads // num_heads for n in range(num_heads))
     if len(kv_index) != num_heads or any(not 0 <= k < num_kv_heads for k in kv_index):
@@ -162,7 +162,7 @@ def attention_varlen(
 def attention_prefix(
     q_TNH: Tensor, k_LKH: Tensor, v_LKH: Tensor, *, kv_index: Sequence[int] | None = None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Every query attends every one of the L prefix entries -> (out [T, N, H], lse [T, N]), both differentiable.
+    """Every query attends all L prefix entries -> (out [T, N, H], lse [T, N]), both differentiable.
 
     The prefix segment of P-tuning v2 (arXiv:2110.07602, sec. 3.2): no causal mask, no window. L = 0 gives the
     empty attention. Merge with the document part by `merge_attention`.
@@ -173,7 +173,7 @@ def attention_prefix(
 
 
 def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Attention over the union of disjoint key sets from the (out [T, N, H], lse [T, N]) of each -> (out, lse).
+    """Attention over a union of disjoint key sets from (out [T, N, H], lse [T, N]) of each -> (out, lse).
 
     `lse = log(sum_i exp(lse_i))`, `out = sum_i exp(lse_i - lse) out_i`, summed in the order given (the merge
     of flash-decoding and of ring attention, arXiv:2310.01889, sec. 3). Parts that saw no key (lse = -inf)
