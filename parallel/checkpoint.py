@@ -165,7 +165,7 @@ def _write_block(descriptor: int, start: int, block: Block) -> None:
     spec = block.spec
     assert spec.owned is not None
     inner = tuple(slice(o.start - i.start, o.stop - i.start) for o, i in zip(spec.owned, spec.index, strict=True))
-    data = _bytes_of(block.tensor.detach()[inner].contiguous())
+    data = _bytes_of(block.tensor.detach()[inner].cpu().contiguous())
     at = 0
     for offset, length in _byte_runs(spec.shape, spec.owned, block.tensor.dtype.itemsize):
         _write_exactly(descriptor, data[at : at + length], start + offset)

@@ -81,9 +81,9 @@ class Launch:
 
     @staticmethod
     def from_environment() -> Launch:
-        """Reads RANK, WORLD_SIZE and LOCAL_RANK (set by torchrun); a plain process is rank 0 of 1."""
-        env = os.environ
-        return Launch(int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1")), int(env.get("LOCAL_RANK", "0")))
+        """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE (set by torchrun); a plain process is rank 0 of 1."""
+        defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        return Launch(*(int(os.environ.get(name, default)) for name, default in defaults.items()))
 
 
 def start(launch: Launch, timeout_s: float = 1800.0, init_method: str | None = None) -> None:
@@ -98,6 +98,13 @@ def start(launch: Launch, timeout_s: float = 1800.0, init_method: str | None = N
         world_size=launch.world_size,
         timeout=timedelta(seconds=timeout_s),
     )
+
+
+def device(launch: Launch) -> torch.device:
+    """Where this rank computes: the host's GPU of its local rank, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", launch.local_rank)
+    return torch.device("cpu")
 
 
 def stop() -> None:
@@ -117,12 +124,14 @@ def new_handle(ranks: Sequence[int]) -> dist.ProcessGroup | None:
 
 
 @contextmanager
-def _named(op: str, group: Group) -> Iterator[None]:
-    """Turns a transport failure into one that names the operation, the axis and the peers."""
+def _named(op: str, group: Group, peer: int | None = None) -> Iterator[None]:
+    """Turns a transport failure into one that names the operation, the axis and the peers (`peer`: a place among
+    the group's ranks, where only one takes part)."""
     try:
         yield
     except RuntimeError as error:
-        peers = [rank for rank in group.ranks if rank != group.ranks[group.rank]]
+        others = [rank for rank in group.ranks if rank != group.ranks[group.rank]]
+        peers = others if peer is None else [group.ranks[peer]]
         who = f"rank {peers[0]}" if len(peers) == 1 else f"one of the ranks {peers}"
         raise PeerLost(
             f"[rank {group.ranks[group.rank]} on {socket.gethostname()}] {op} over the {group.axis} axis failed: "
@@ -148,11 +157,12 @@ class Pending:
     group: Group
     work: dist.Work | None
     keep: Tensor | None = None  # a send's buffer must outlive the transfer
+    peer: int | None = None
 
     def wait(self) -> None:
         """Blocks until the operation is complete on this rank."""
         if self.work is not None:
-            with _named(self.op, self.group):
+            with _named(self.op, self.group, self.peer):
                 self.work.wait()
 
 
@@ -209,16 +219,16 @@ def broadcast_bytes(payload: bytes, group: Group, source: int = 0) -> bytes:
 def send_start(x: Tensor, group: Group, to: int) -> Pending:
     """Begins sending contiguous `x` to the group's rank `to`."""
     group.traffic.add("send", group.axis, x.nbytes)
-    with _named("send", group):
+    with _named("send", group, to):
         work = dist.isend(x, group.ranks[to], group=group.handle)
-    return Pending("send", group, work, x)
+    return Pending("send", group, work, x, to)
 
 
 def receive_start(x: Tensor, group: Group, source: int) -> Pending:
     """Begins receiving into contiguous `x` from the group's rank `source`; messages of a pair arrive in order."""
-    with _named("receive", group):
+    with _named("receive", group, source):
         work = dist.irecv(x, group.ranks[source], group=group.handle)
-    return Pending("receive", group, work, x)
+    return Pending("receive", group, work, x, source)
 
 
 def barrier(group: Group) -> None:

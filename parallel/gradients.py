@@ -65,7 +65,7 @@ class Gradients:
         return [(g, m) for g, m in ((self.mesh.replicas, plain), (self.mesh.replicas_tensor, partial)) if m]
 
     def _add_bucket(self, group: Group, members: list[Placed]) -> None:
-        flat = torch.zeros(sum(p.numel() for _, p in members), dtype=members[0][1].dtype)
+        flat = torch.zeros(sum(p.numel() for _, p in members), dtype=members[0][1].dtype, device=members[0][1].device)
         bucket = _Bucket(flat, group, len(members))
         at = 0
         for spec, parameter in members:
@@ -123,7 +123,8 @@ class Gradients:
         shared = [(spec, p) for spec, p in self.placed if spec.reduce == "overlap"]
         if not shared:
             return
-        flat = torch.zeros(sum(math.prod(spec.shape) for spec, _ in shared), dtype=shared[0][1].dtype)
+        like = shared[0][1]
+        flat = torch.zeros(sum(math.prod(spec.shape) for spec, _ in shared), dtype=like.dtype, device=like.device)
         fulls = [
             f.view(s.shape)
             for f, (s, _) in zip(flat.split([math.prod(s.shape) for s, _ in shared]), shared, strict=True)
@@ -149,7 +150,7 @@ class Gradients:
                 continue
             assert parameter.grad is not None
             offset = [slice(o.start - i.start, o.stop - i.start) for o, i in zip(spec.owned, spec.index, strict=True)]
-            squares[position[spec.name]] += parameter.grad[tuple(offset)].double().square().sum()
+            squares[position[spec.name]] += parameter.grad[tuple(offset)].double().square().sum().cpu()
         comm.all_reduce(squares, self.mesh.model)
         return math.sqrt(math.fsum(squares.tolist()))
 

@@ -49,7 +49,7 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         work = torch.float64 if hidden_BD.dtype == torch.float64 else torch.float32
         weight = weight_VD.to(hidden_BD.dtype)
-        top_B = torch.empty(len(target_B), dtype=work)
+        top_B = torch.empty(len(target_B), dtype=work, device=hidden_BD.device)
         sum_B, picked_B = torch.empty_like(top_B), torch.empty_like(top_B)
         local_B = target_B - first_row
         mine_B = (local_B >= 0) & (local_B < weight.shape[0])

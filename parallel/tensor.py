@@ -30,6 +30,7 @@ class Build:
     here: Cut
     tensor: Group
     ops: Ops
+    device: torch.device
     dtype: torch.dtype
     """Compute dtype; frozen weights are stored in it."""
     trainable: bool
@@ -41,7 +42,7 @@ class Build:
         """This rank's block of the model's parameter `name` with full `shape`."""
         spec = place(name, shape, self.architecture, self.here)
         stored = master_dtype(self.dtype) if self.trainable else self.dtype
-        return spec, nn.Parameter(self.read(spec, stored), requires_grad=self.trainable)
+        return spec, nn.Parameter(self.read(spec, stored).to(self.device), requires_grad=self.trainable)
 
 
 def master_dtype(compute: torch.dtype) -> torch.dtype:

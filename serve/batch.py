@@ -50,7 +50,13 @@ class Batch:
         return self.id_T.shape[0]
 
 
-def build(chunks: Sequence[Chunk], adapters: Mapping[str, LoadedAdapter], ops: Ops, page_size: int) -> Batch:
+def build(
+    chunks: Sequence[Chunk],
+    adapters: Mapping[str, LoadedAdapter],
+    ops: Ops,
+    page_size: int,
+    device: torch.device,
+) -> Batch:
     """The batch of a plan's chunks, in which those of one adapter are adjacent."""
     used = [None if chunk.adapter is None else adapters[chunk.adapter] for chunk in chunks]
     prefixes = [0 if adapter is None else adapter.length for adapter in used]
@@ -61,6 +67,7 @@ def build(chunks: Sequence[Chunk], adapters: Mapping[str, LoadedAdapter], ops: O
         page_size=page_size,
         prefix_lengths=prefixes,
         prefix_tables=[() if adapter is None else adapter.pages for adapter in used],
+        device=device,
     )
     ids: list[int] = []
     positions: list[int] = []
@@ -73,12 +80,12 @@ def build(chunks: Sequence[Chunk], adapters: Mapping[str, LoadedAdapter], ops: O
         if chunk.samples:
             rows.append(len(ids) - 1)
     return Batch(
-        id_T=torch.tensor(ids, dtype=torch.int64),
-        position_T=torch.tensor(positions, dtype=torch.int64),
-        slot_T=torch.tensor(slots, dtype=torch.int64),
+        id_T=torch.tensor(ids, dtype=torch.int64, device=device),
+        position_T=torch.tensor(positions, dtype=torch.int64, device=device),
+        slot_T=torch.tensor(slots, dtype=torch.int64, device=device),
         layout=layout,
         segments=_segments(chunks, used),
-        rows=torch.tensor(rows, dtype=torch.int64),
+        rows=torch.tensor(rows, dtype=torch.int64, device=device),
     )
 
 

@@ -11,7 +11,7 @@ from conf.schema import Architecture
 from kernels.dispatch import Ops
 from kernels.paged import PagedLayout
 from parallel.model.attend import window_of
-from parallel.model.decoder import Stage
+from parallel.model.decoder import Decoder, Stage
 from parallel.sharding import Cut
 
 
@@ -25,20 +25,15 @@ class KvCache:
     values: tuple[Tensor, ...]
 
     @staticmethod
-    def allocate(
-        architecture: Architecture,
-        here: Cut,
-        stage: Stage,
-        *,
-        num_pages: int,
-        page_size: int,
-        dtype: torch.dtype,
-    ) -> KvCache:
-        """Reserves the pages; memory is touched only as they fill."""
-        shape = (num_pages, page_size, here.num_kv_heads, architecture.head_dim)
-        layers = range(stage.start, stage.stop)
-        keys = tuple(torch.empty(shape, dtype=dtype) for _ in layers)
-        return KvCache(stage.start, keys, tuple(torch.empty(shape, dtype=dtype) for _ in layers))
+    def allocate(decoder: Decoder, *, num_pages: int, page_size: int) -> KvCache:
+        """Reserves the pages for a stage's decoder; memory is touched only as they fill."""
+        shape = (num_pages, page_size, decoder.here.num_kv_heads, decoder.architecture.head_dim)
+        layers = range(decoder.stage.start, decoder.stage.stop)
+
+        def pages() -> tuple[Tensor, ...]:
+            return tuple(torch.empty(shape, dtype=decoder.dtype, device=decoder.device) for _ in layers)
+
+        return KvCache(decoder.stage.start, pages(), pages())
 
     def of(self, layer: int) -> tuple[Tensor, Tensor]:
         """Key and value pages of a global layer."""

@@ -18,6 +18,7 @@ from parallel.mesh import Mesh
 from parallel.model.decoder import Decoder
 from parallel.model.step import Step
 from parallel.pipeline import run
+from parallel.pipeline.run import Border
 from parallel.sharding import Spec, partition
 from serve import batch
 from serve.batch import Batch, LoadedAdapter
@@ -45,12 +46,12 @@ class Runner:
         Only the last pipeline stage returns them (on each of its tensor ranks), the others None. Communicates
         T * D elements to the next stage, 2 * T * D a layer over tensor, B * V/tp elements at the end.
         """
-        step_batch = batch.build(chunks, self.adapters, self.decoder.ops, self.page_size)
+        decoder = self.decoder
+        step_batch = batch.build(chunks, self.adapters, decoder.ops, self.page_size, decoder.device)
         outputs = run.forward_only(
             self.mesh.pipeline,
             lambda _, hidden: self._stage(step_batch, hidden),
-            shapes=[(step_batch.num_tokens, self.decoder.architecture.width)],
-            dtype=self.decoder.dtype,
+            border=Border([(step_batch.num_tokens, decoder.architecture.width)], decoder.dtype, decoder.device),
         )
         return self._logits(outputs[0]) if outputs else None
 
@@ -101,18 +102,16 @@ class Runner:
             raise ConfigError(
                 f"adapters.{name}={directory}: no room in the KV cache for its prefix ({error}); raise serve.kv_memory"
             ) from None
-        prefix = Prefix(
-            adapter, self.decoder.architecture, self.decoder.here, self.decoder.stage, read,
-            dtype=self.decoder.dtype, trainable=False,
-        )  # fmt: skip
-        self._write_prefix(prefix, pages)
+        self._write_prefix(Prefix(adapter, self.decoder, read, trainable=False), pages)
         self.adapters[name] = LoadedAdapter(name, pages=tuple(pages), length=adapter.virtual_tokens)
 
     @torch.inference_mode()
     def _write_prefix(self, prefix: Prefix, pages: Sequence[int]) -> None:
         kv = prefix().to(self.decoder.dtype)
-        places = torch.arange(kv.shape[0])
-        slots = torch.tensor(pages)[places // self.page_size] * self.page_size + places % self.page_size
+        places = torch.arange(kv.shape[0], device=kv.device)
+        slots = (
+            torch.tensor(pages, device=kv.device)[places // self.page_size] * self.page_size + places % self.page_size
+        )
         for i, (keys, values) in enumerate(zip(self.cache.keys, self.cache.values, strict=True)):
             self.decoder.ops.write_pages(keys, values, kv[:, i, 0], kv[:, i, 1], slots)
 

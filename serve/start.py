@@ -54,18 +54,12 @@ def build_engine(config: Config, source: Source, launch: Launch, *, max_chunk: i
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     stages = config.parallel.stages
     assert not isinstance(stages, str), "stages of an unchecked config"
-    ops = dispatch.select(torch.device("cpu"), dtype)
-    decoder = build_decoder(source, mesh, stages, dtype=dtype, ops=ops, trainable=False).eval()
+    device = comm.device(launch)
+    ops = dispatch.select(device, dtype)
+    decoder = build_decoder(source, mesh, stages, dtype=dtype, ops=ops, trainable=False, device=device)
     limits = _limits(config.serve, source, max_chunk)
     pool = PagePool(_num_pages(config.serve, limits, decoder, mesh, launch), config.serve.page_size)
-    cache = KvCache.allocate(
-        source.architecture,
-        decoder.here,
-        decoder.stage,
-        num_pages=pool.num_pages,
-        page_size=pool.page_size,
-        dtype=dtype,
-    )
+    cache = KvCache.allocate(decoder, num_pages=pool.num_pages, page_size=pool.page_size)
     runner = Runner(decoder, mesh, cache, pool.page_size, source.fingerprint)
     for name, path in config.adapters.items():
         runner.load_adapter(name, Path(path), pool)

@@ -98,10 +98,11 @@ def run(inputs: Inputs, launch: Launch) -> int:
     config = inputs.config
     data, pipeline, context, tensor = config.parallel.sizes
     mesh = Mesh.build(launch, data=data, pipeline=pipeline, context=context, tensor=tensor)
-    ops = dispatch.select(torch.device("cpu"), getattr(torch, config.model.dtype))
+    device = comm.device(launch)
+    ops = dispatch.select(device, getattr(torch, config.model.dtype))
     if launch.rank == 0:
         print(f"kernels: {ops.name}", flush=True)
-    model = build_model(config, inputs.weights, mesh, ops, saving.adapter_reader(config, inputs.resume))
+    model = build_model(config, inputs.weights, mesh, ops, saving.adapter_reader(config, inputs.resume), device)
     trainer = Trainer(config, model)
     if inputs.resume is not None:
         saving.restore(trainer, inputs.resume)

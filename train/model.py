@@ -17,8 +17,9 @@ from parallel.loss import cross_entropy
 from parallel.mesh import Mesh
 from parallel.model.attend import DocumentAttend
 from parallel.model.decoder import Decoder, placed
-from parallel.model.load import Weights, build_decoder
+from parallel.model.load import CPU, Weights, build_decoder
 from parallel.model.step import Segment, Step
+from parallel.pipeline.run import Border
 from parallel.randomness import DropoutKey
 from parallel.sharding import Spec
 from train.batches import Microbatch
@@ -84,12 +85,20 @@ class Model:
             ops=decoder.ops,
         )
 
-    def border_shapes(self, batches: Sequence[Microbatch]) -> list[tuple[int, int]]:
-        """[T, D] of each microbatch's hidden states between stages."""
-        return [(batch.num_tokens, self.decoder.architecture.width) for batch in batches]
+    def border(self, batches: Sequence[Microbatch]) -> Border:
+        """The hidden states [T, D] of the microbatches between stages."""
+        shapes = [(batch.num_tokens, self.decoder.architecture.width) for batch in batches]
+        return Border(shapes, self.decoder.dtype, self.decoder.device)
 
 
-def build_model(config: Config, weights: Weights, mesh: Mesh, ops: Ops, read_adapter: Read | None = None) -> Model:
+def build_model(
+    config: Config,
+    weights: Weights,
+    mesh: Mesh,
+    ops: Ops,
+    read_adapter: Read | None = None,
+    device: torch.device = CPU,
+) -> Model:
     """The model that `config` trains, on this rank.
 
     weights: the base model, or for full fine-tuning the checkpoint to go on from. read_adapter: blocks of a saved
@@ -99,7 +108,7 @@ def build_model(config: Config, weights: Weights, mesh: Mesh, ops: Ops, read_ada
     stages = config.parallel.stages
     assert not isinstance(stages, str), "stages of an unchecked config"
     tune, architecture = config.tune, weights.architecture
-    decoder = build_decoder(weights, mesh, stages, dtype=dtype, ops=ops, trainable=tune.kind == "full")
+    decoder = build_decoder(weights, mesh, stages, dtype=dtype, ops=ops, trainable=tune.kind == "full", device=device)
     recompute = config.parallel.recompute == "full"
     if tune.kind == "full":
         return Model(decoder, mesh, None, None, recompute)
@@ -108,5 +117,5 @@ def build_model(config: Config, weights: Weights, mesh: Mesh, ops: Ops, read_ada
         lora.install(decoder, adapter, SLOT, read_adapter or lora.initial(config.train.seed), trainable=True)
         return Model(decoder, mesh, adapter, None, recompute)
     read = read_adapter or prefix.initial(config.train.seed, adapter, architecture)
-    own = Prefix(adapter, architecture, decoder.here, decoder.stage, read, dtype=dtype, trainable=True)
+    own = Prefix(adapter, decoder, read, trainable=True)
     return Model(decoder, mesh, adapter, own, recompute)

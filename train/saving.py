@@ -138,7 +138,7 @@ def restore(trainer: Trainer, resume: Resume) -> None:
     for i, (_, parameter) in enumerate(trainer.placed):
         trainer.optimizer.state[parameter] = {
             "step": torch.tensor(float(resume.optimizer_steps)),
-            **{name: moments[name][i] for name in MOMENTS},
+            **{name: moments[name][i].to(parameter.device) for name in MOMENTS},
         }
     trainer.loss_scale = LossScale(trainer.loss_scale.dynamic, resume.loss_scale, resume.calm)
 

@@ -98,7 +98,8 @@ class Trainer:
         data, count = self.mesh.data, self.config.parallel.microbatches
         assert count is not None, "microbatches of an unchecked config"
         parts = microbatches(rows, data.size, data.rank, count)
-        return [batch for part in parts for batch in packs(part, self.config.data.packing)]
+        device = self.model.decoder.device
+        return [batch.to(device) for part in parts for batch in packs(part, self.config.data.packing)]
 
     def _counts(self, batches: Sequence[Microbatch]) -> tuple[int, int]:
         """(tokens, target tokens) of the step over all ranks; one all-reduce of two integers."""
@@ -121,8 +122,7 @@ class Trainer:
             schedule.actions[pipeline.rank],
             pipeline,
             forward,
-            shapes=model.border_shapes(batches),
-            dtype=model.decoder.dtype,
+            border=model.border(batches),
             scale=scale,
             before_last_backward=self.gradients.last_microbatch,
         )
@@ -137,8 +137,7 @@ class Trainer:
         losses = run.forward_only(
             self.mesh.pipeline,
             lambda m, hidden: model.loss(batches[m], hidden, step_prefix, None),
-            shapes=model.border_shapes(batches),
-            dtype=model.decoder.dtype,
+            border=model.border(batches),
         )
         return self._total(losses)
 

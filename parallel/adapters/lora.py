@@ -30,7 +30,7 @@ def install(decoder: Decoder, adapter: Adapter, slot: int, read: Read, *, traina
         module = wanted[linear.name]
         specs = lora_specs(linear.specs["weight"], module.rank, module.name_a, module.name_b, decoder.here)
         stored = master_dtype(decoder.dtype)
-        a, b = (nn.Parameter(read(spec, stored), requires_grad=trainable) for spec in specs)
+        a, b = (nn.Parameter(read(spec, stored).to(decoder.device), requires_grad=trainable) for spec in specs)
         linear.adapters[str(slot)] = Lora(a, b, specs, scale=module.scale, rate=adapter.dropout, ops=decoder.ops)
 
 

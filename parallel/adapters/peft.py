@@ -204,9 +204,7 @@ def _read_lora(config: Mapping[str, Any], header: Header, directory: Path, archi
         match = _LORA_NAME.fullmatch(name)
         module = match["module"] if match else ""
         if match is None or module not in shapes:
-            raise ConfigError(
-                f"{directory / WEIGHTS}: tensor {name} matches nothing in the base model; {_OTHER_MODEL}"
-            )
+            raise ConfigError(f"{directory / WEIGHTS}: tensor {name} matches nothing in the base model; {_OTHER_MODEL}")
         rank = entry.shape[0 if match["factor"] == "A" else -1] if entry.shape else 0
         out_width, in_width = shapes[module]
         expected = (rank, in_width) if match["factor"] == "A" else (out_width, rank)

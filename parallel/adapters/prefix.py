@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from conf.schema import Architecture
 from parallel.adapters.peft import PREFIX_NAME, Adapter, prefix_shape
-from parallel.model.decoder import Stage
+from parallel.model.decoder import Decoder, Stage
 from parallel.randomness import seed_of
 from parallel.sharding import Cut, Index, Spec, whole
 from parallel.tensor import master_dtype
@@ -53,12 +53,10 @@ class Prefix(nn.Module):
     weight_out: nn.Parameter
     bias_out: nn.Parameter
 
-    def __init__(
-        self, adapter: Adapter, architecture: Architecture, here: Cut, stage: Stage, read: Read, *,
-        dtype: torch.dtype, trainable: bool,
-    ) -> None:  # fmt: skip
+    def __init__(self, adapter: Adapter, decoder: Decoder, read: Read, *, trainable: bool) -> None:
         super().__init__()
-        self.stored, self.trainable = master_dtype(dtype), trainable
+        architecture, here, stage = decoder.architecture, decoder.here, decoder.stage
+        self.stored, self.device, self.trainable = master_dtype(decoder.dtype), decoder.device, trainable
         shape = prefix_shape(adapter, architecture)
         self.file_spec = prefix_spec(PREFIX_NAME, shape, here, stage, 1)
         self.specs: dict[str, Spec] = {}
@@ -78,7 +76,8 @@ class Prefix(nn.Module):
 
     def _add(self, field: str, spec: Spec) -> None:
         self.specs[field] = spec
-        setattr(self, field, nn.Parameter(self._read(spec, self.stored), requires_grad=self.trainable))
+        block = self._read(spec, self.stored).to(self.device)
+        setattr(self, field, nn.Parameter(block, requires_grad=self.trainable))
 
     def _replicated(self, name: str, shape: tuple[int, ...]) -> Spec:
         full = whole(shape)

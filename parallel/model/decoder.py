@@ -53,9 +53,10 @@ class Decoder(nn.Module):
 
     def __init__(self, build: Build, stage: Stage) -> None:
         super().__init__()
-        self.stage, self.ops, self.dtype = stage, build.ops, build.dtype
+        self.stage, self.ops, self.dtype, self.device = stage, build.ops, build.dtype, build.device
         self.architecture, self.here, self.tensor = build.architecture, build.here, build.tensor
-        self.rope_frequency, self.rope_factor = rope.frequencies(build.architecture)
+        frequency, self.rope_factor = rope.frequencies(build.architecture)
+        self.rope_frequency = frequency.to(build.device)
         tied = build.architecture.tied_embeddings
         holds_embedding = stage.is_first or (stage.is_last and tied)
         self.embed_tokens = Embedding(build, "model.embed_tokens") if holds_embedding else None

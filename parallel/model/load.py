@@ -16,6 +16,8 @@ from parallel.model.decoder import Decoder, Stage
 from parallel.sharding import Index, Spec, cut
 from parallel.tensor import Build
 
+CPU = torch.device("cpu")
+
 
 class Weights(Protocol):
     """What a decoder is built from; `parallel.model.source` opens it."""
@@ -37,7 +39,14 @@ def stage_of(stages: Sequence[int], rank: int) -> Stage:
 
 
 def build_decoder(
-    weights: Weights, mesh: Mesh, stages: Sequence[int], *, dtype: torch.dtype, ops: Ops, trainable: bool
+    weights: Weights,
+    mesh: Mesh,
+    stages: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    ops: Ops,
+    trainable: bool,
+    device: torch.device = CPU,
 ) -> Decoder:
     """This rank's decoder; reads only the bytes of its own blocks. `stages` are layers per pipeline stage."""
 
@@ -49,6 +58,7 @@ def build_decoder(
         here=cut(weights.architecture, mesh.tensor.size, mesh.tensor.rank),
         tensor=mesh.tensor,
         ops=ops,
+        device=device,
         dtype=dtype,
         trainable=trainable,
         read=read,

@@ -8,6 +8,7 @@ Gradients of microbatches add up in the order of the plan's backward actions (0,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,19 +21,34 @@ Forward = Callable[[int, Tensor | None], Tensor]
 """(microbatch, hidden [T, D] from the stage before or None on the first) -> hidden [T, D], or the loss on the last."""
 
 
+@dataclass(frozen=True)
+class Border:
+    """What passes between two stages: hidden states one way, their gradients the other."""
+
+    shapes: Sequence[tuple[int, int]]
+    """[T, D] of each microbatch."""
+    dtype: torch.dtype
+    device: torch.device
+
+    def receive(self, microbatch: int, pipeline: Group, source: int) -> Tensor:
+        """The neighbour's tensor for this microbatch."""
+        x = torch.empty(self.shapes[microbatch], dtype=self.dtype, device=self.device)
+        comm.receive_start(x, pipeline, source).wait()
+        return x
+
+
 def run(
     actions: Sequence[Action],
     pipeline: Group,
     forward: Forward,
     *,
-    shapes: Sequence[tuple[int, int]],
-    dtype: torch.dtype,
+    border: Border,
     scale: float = 1.0,
     before_last_backward: Callable[[], None] = lambda: None,
 ) -> list[Tensor]:
     """Executes this rank's `actions`; returns the detached losses by microbatch on the last stage, else [].
 
-    shapes: [T, D] of each microbatch's hidden states at the stage border. `scale` multiplies the loss before the
+    `scale` multiplies the loss before the
     backward pass. `before_last_backward` is called before the last backward action: from then on a parameter's
     gradient is final once it has been accumulated.
     """
@@ -45,7 +61,7 @@ def run(
         m = action.microbatch
         if action.kind == "F":
             if not pipeline.is_first:
-                inputs[m] = _receive(shapes[m], dtype, pipeline, pipeline.rank - 1).requires_grad_()
+                inputs[m] = border.receive(m, pipeline, pipeline.rank - 1).requires_grad_()
             outputs[m] = forward(m, inputs.get(m))
             if pipeline.is_last:
                 losses[m] = outputs[m].detach()
@@ -55,7 +71,13 @@ def run(
         if backwards_left == 1:
             before_last_backward()
         backwards_left -= 1
-        _backward(outputs.pop(m), None if pipeline.is_last else (shapes[m], dtype), pipeline, scale)
+        output = outputs.pop(m)
+        if pipeline.is_last:
+            torch.autograd.backward(output * scale)
+        else:
+            received = border.receive(m, pipeline, pipeline.rank + 1)
+            if output.requires_grad:
+                torch.autograd.backward(output, received)
         if not pipeline.is_first:
             grad = inputs.pop(m).grad
             assert grad is not None
@@ -65,25 +87,12 @@ def run(
     return [losses[m] for m in sorted(losses)]
 
 
-def _backward(
-    output: Tensor, border: tuple[tuple[int, int], torch.dtype] | None, pipeline: Group, scale: float
-) -> None:
-    if border is None:
-        torch.autograd.backward(output * scale)
-        return
-    grad = _receive(*border, pipeline, pipeline.rank + 1)
-    if output.requires_grad:
-        torch.autograd.backward(output, grad)
-
-
-def forward_only(
-    pipeline: Group, forward: Forward, *, shapes: Sequence[tuple[int, int]], dtype: torch.dtype
-) -> list[Tensor]:
+def forward_only(pipeline: Group, forward: Forward, *, border: Border) -> list[Tensor]:
     """Runs the microbatches forward through the stages, in order; returns the last stage's outputs there, else []."""
     results: list[Tensor] = []
     sends: list[Pending] = []
-    for m, shape in enumerate(shapes):
-        x = None if pipeline.is_first else _receive(shape, dtype, pipeline, pipeline.rank - 1)
+    for m in range(len(border.shapes)):
+        x = None if pipeline.is_first else border.receive(m, pipeline, pipeline.rank - 1)
         output = forward(m, x)
         if pipeline.is_last:
             results.append(output)
@@ -92,9 +101,3 @@ def forward_only(
     for pending in sends:
         pending.wait()
     return results
-
-
-def _receive(shape: tuple[int, int], dtype: torch.dtype, pipeline: Group, source: int) -> Tensor:
-    x = torch.empty(shape, dtype=dtype)
-    comm.receive_start(x, pipeline, source).wait()
-    return x
