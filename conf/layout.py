@@ -84,8 +84,7 @@ def balanced_stages(architecture: Architecture, pipeline: int) -> tuple[int, ...
 
 
 def microbatches(config: Config) -> int:
-    """Microbatches per data rank: 1, with a pipeline 2 x stages; at most the rows that a data rank has."""
+    """Microbatches per data rank: as set, else 1, with a pipeline 2 x stages but at most the rows of a data rank."""
     parallel = config.parallel
-    wanted = parallel.microbatches or (1 if parallel.pipeline == 1 else 2 * parallel.pipeline)
     rows = -(-config.train.batch_size // (parallel.data or 1))
-    return min(wanted, rows)
+    return parallel.microbatches or (1 if parallel.pipeline == 1 else min(2 * parallel.pipeline, rows))

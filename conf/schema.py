@@ -40,7 +40,7 @@ TRAINING, SERVING = ("train", "preview", "submit"), ("serve", "generate")
 class RopeScaling:
     """How rotary frequencies are stretched beyond the trained context. Fields unused by a kind stay None."""
 
-    kind: Literal["linear", "dynamic", "llama3", "yarn"] = field(metadata=about("Scaling rule."))
+    kind: Literal["linear", "llama3", "yarn"] = field(metadata=about("Scaling rule."))
     factor: float = field(metadata=about("Stretch of the context, >= 1.", FROM_1))
     original_max_positions: int | None = option(None, "Context before the stretch, in tokens.")
     low_freq_factor: float | None = option(None, "llama3: wavelengths above original/low are scaled fully.")

@@ -225,16 +225,17 @@ def attention_paged(
     heads = list(check_kv_index(q_TNH.shape[1], key_cache_PSKH.shape[2], kv_index))
     out_TNH = torch.zeros_like(q_TNH)
     lse_TN = q_TNH.new_zeros(q_TNH.shape[:2], dtype=working_dtype(q_TNH.dtype))
-    keys, values = key_cache_PSKH.flatten(0, 1)[:, heads], value_cache_PSKH.flatten(0, 1)[:, heads]
+    keys, values = key_cache_PSKH.flatten(0, 1), value_cache_PSKH.flatten(0, 1)
     for b in range(len(layout.kv_lengths)):
         rows = slice(layout.query_starts[b], layout.query_starts[b + 1])
         slots, length = layout.slots(b), layout.kv_lengths[b]
         i = torch.arange(length - (rows.stop - rows.start), length, device=q_TNH.device)[:, None]
         j = torch.arange(length, device=q_TNH.device)[None]
         visible = j <= i if window is None else (j <= i) & (i - j < window)
-        part = _attend(q_TNH[rows], keys[slots], values[slots], visible, scale)
+        part = _attend(q_TNH[rows], keys[slots][:, heads], values[slots][:, heads], visible, scale)
         if layout.prefix_lengths[b]:
             slots = layout.slots(b, prefix=True)
-            part = merge_attention((_attend(q_TNH[rows], keys[slots], values[slots], None, scale), part))
+            key, value = keys[slots][:, heads], values[slots][:, heads]
+            part = merge_attention((_attend(q_TNH[rows], key, value, None, scale), part))
         out_TNH[rows], lse_TN[rows] = part
     return out_TNH, lse_TN

@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -59,7 +60,7 @@ def save(directory: Path, files: Sequence[TensorFile], texts: Mapping[str, str],
 
     files: sharded tensors. Only the first replica (data and context rank 0) writes them, the others hold the same.
     texts: small files by path, written by rank 0; equal on all ranks or given on rank 0 alone.
-    Communicates names and shapes (JSON), and four barriers.
+    Communicates names and shapes (JSON), three barriers and one more per file.
     """
     partial = directory.parent / PARTIAL.format(name=directory.name)
     if mesh.world.rank == 0:
@@ -92,25 +93,22 @@ def publish(partial: Path, directory: Path) -> None:
         shutil.rmtree(old)
     else:
         partial.rename(directory)
-    link, new = directory.parent / "latest", directory.parent / PARTIAL.format(name="latest")
-    new.unlink(missing_ok=True)
-    new.symlink_to(directory.name)
-    new.rename(link)
-    _sync(directory.parent)
+    _point(directory.parent / "latest", directory.name)
 
 
-def read_blocks(path: Path, specs: Sequence[Spec], dtype: torch.dtype, *, prefix: str = "") -> Iterator[Tensor]:
-    """This rank's block of each spec's tensor `prefix + name` in the file, whatever layout wrote it.
+def reader(path: Path, prefix: str = "") -> Callable[[Spec, torch.dtype], Tensor]:
+    """Reads this rank's block of a spec's tensor `prefix + name` from the file, whatever layout wrote it.
 
-    The file may hold the same elements in the same order under another shape.
+    The file may hold the same elements in the same order under another shape. Its header is read once, here.
 
     Raises:
-        ConfigError: the file is missing, damaged, lacks a tensor or holds it in another shape.
+        ConfigError: the file is missing or damaged; when reading, it lacks a tensor or holds it in another shape.
     """
     if not path.is_file():
         raise ConfigError(f"{path} is missing; the checkpoint is not complete")
     header = read_header(path)
-    for spec in specs:
+
+    def read(spec: Spec, dtype: torch.dtype) -> Tensor:
         name = prefix + spec.name
         entry = header.entries.get(name)
         if entry is None:
@@ -124,7 +122,9 @@ def read_blocks(path: Path, specs: Sequence[Spec], dtype: torch.dtype, *, prefix
             for offset, length in _byte_runs(spec.shape, spec.index, entry.dtype.itemsize):
                 read_exactly(file, data[at : at + length], entry.start + offset, path)
                 at += length
-        yield block.to(dtype)
+        return block.to(dtype)
+
+    return read
 
 
 def _write_file(path: Path, file: TensorFile, mesh: Mesh, writes: bool) -> None:
@@ -211,12 +211,42 @@ def _sync(path: Path) -> None:
 
 
 def keep_newest(folder: Path, count: int) -> None:
-    """Removes all but the `count` newest `step-N` directories, never the one `latest` points at."""
-    steps = sorted((path for path in folder.glob("step-*")), key=lambda path: int(path.name.removeprefix("step-")))
-    latest = (folder / "latest").resolve()
-    for path in steps[:-count]:
-        if path.resolve() != latest:
-            shutil.rmtree(path)
+    """Removes all but the `count` newest of the `step-N` directories up to the one `latest` points at.
+
+    Later ones are left from a run that was begun again at an earlier step, and are nobody's newest.
+    """
+    latest = _step((folder / "latest").resolve())
+    steps = sorted((step, path) for path in folder.iterdir() if (step := _step(path)) is not None)
+    for _, path in [(step, path) for step, path in steps if latest is not None and step <= latest][:-count]:
+        shutil.rmtree(path)
+
+
+def _step(path: Path) -> int | None:
+    """N of a directory named step-N."""
+    found = re.fullmatch(r"step-(\d+)", path.name)
+    return int(found[1]) if found else None
+
+
+def begin(folder: Path, start: Path | None) -> None:
+    """Makes `latest` in the checkpoint folder of a run what the run starts from; before its metrics are cut.
+
+    start: the checkpoint it goes on from, None for a fresh start. Without this a run that stops before its first
+    checkpoint would be resumed from an earlier run's.
+    """
+    link = folder / "latest"
+    if start is not None and start.parent == folder.resolve():
+        _point(link, start.name)
+    else:
+        link.unlink(missing_ok=True)
+
+
+def _point(link: Path, name: str) -> None:
+    """Replaces the link in one rename."""
+    new = link.with_name(PARTIAL.format(name=link.name))
+    new.unlink(missing_ok=True)
+    new.symlink_to(name)
+    new.rename(link)
+    _sync(link.parent)
 
 
 def renamed(spec: Spec, name: str) -> Spec:

@@ -8,9 +8,11 @@ how many bytes.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -101,10 +103,17 @@ def start(launch: Launch, timeout_s: float = 1800.0, init_method: str | None = N
 
 
 def device(launch: Launch) -> torch.device:
-    """Where this rank computes: the host's GPU of its local rank, else the CPU."""
-    if torch.cuda.is_available():
+    """Where this rank computes: the host's GPU of its local rank, the CPU when there is none."""
+    if launch.local_rank < torch.cuda.device_count():
         return torch.device("cuda", launch.local_rank)
     return torch.device("cpu")
+
+
+def tell(launch: Launch, error: Exception) -> None:
+    """Prints a user's mistake once a host: rank 0 as it is, the first rank of another host with its name."""
+    if launch.local_rank == 0:
+        where = "" if launch.rank == 0 else f"[rank {launch.rank} on {socket.gethostname()}] "
+        print(f"{where}{error}", file=sys.stderr, flush=True)
 
 
 def stop() -> None:
@@ -137,6 +146,24 @@ def _named(op: str, group: Group, peer: int | None = None) -> Iterator[None]:
             f"[rank {group.ranks[group.rank]} on {socket.gethostname()}] {op} over the {group.axis} axis failed: "
             f"lost {who} ({str(error).splitlines()[0]})"
         ) from error
+
+
+def sum_in_rank_order(x: Tensor, group: Group) -> Tensor:
+    """The ranks' sum of contiguous `x`, added in rank order: the bits of an entry don't depend on its place.
+
+    Of two ranks any all-reduce is that; a ring over more starts each part of the buffer at another rank. So more
+    ranks gather everything and add it themselves: (size - 1) * bytes in, where a ring moves about 2 * bytes.
+    """
+    if group.size <= 2:
+        return all_reduce(x, group)
+    group.traffic.add("all_gather", group.axis, x.nbytes)
+    parts = [torch.empty_like(x) for _ in group.ranks]
+    with _named("all_gather", group):
+        dist.all_gather(parts, x, group=group.handle)
+    total = parts[0]
+    for part in parts[1:]:
+        total += part
+    return total
 
 
 def all_reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
@@ -204,16 +231,26 @@ def broadcast(x: Tensor, group: Group, source: int = 0) -> Tensor:
     return x
 
 
+FRAME = 4096
+"""Bytes of the first broadcast of `broadcast_bytes`, its length field included."""
+
+
 def broadcast_bytes(payload: bytes, group: Group, source: int = 0) -> bytes:
-    """Returns the group's rank `source`'s payload on every rank (two broadcasts: length, then bytes)."""
+    """The group's rank `source`'s payload on every rank: one broadcast of a frame, a second for what is longer."""
     if group.size == 1:
         return payload
-    length = broadcast(torch.tensor([len(payload)], dtype=torch.int64), group, source)
+    frame = torch.zeros(FRAME, dtype=torch.uint8)
     if group.rank == source:
-        data = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else torch.empty(0, dtype=torch.uint8)
-    else:
-        data = torch.empty(int(length.item()), dtype=torch.uint8)
-    return bytes(broadcast(data, group, source).numpy()) if int(length.item()) else b""
+        head = len(payload).to_bytes(8, "little") + payload[: FRAME - 8]
+        frame[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+    data = bytes(broadcast(frame, group, source).numpy())
+    length, start = int.from_bytes(data[:8], "little"), data[8:]
+    if length <= len(start):
+        return start[:length]
+    rest = torch.empty(length - len(start), dtype=torch.uint8)
+    if group.rank == source:
+        rest = torch.frombuffer(bytearray(payload[len(start) :]), dtype=torch.uint8)
+    return start + bytes(broadcast(rest, group, source).numpy())
 
 
 def send_start(x: Tensor, group: Group, to: int) -> Pending:
@@ -229,6 +266,15 @@ def receive_start(x: Tensor, group: Group, source: int) -> Pending:
     with _named("receive", group, source):
         work = dist.irecv(x, group.ranks[source], group=group.handle)
     return Pending("receive", group, work, x, source)
+
+
+def disagreements(facts: Mapping[str, str], group: Group) -> list[str]:
+    """Keys of `facts` whose value on some rank isn't that of the group's first one; the same list on every rank."""
+    if group.size == 1:
+        return []
+    first = json.loads(broadcast_bytes(json.dumps(dict(facts)).encode(), group))
+    differs = torch.tensor([int(first[key] != value) for key, value in facts.items()])
+    return [key for key, flag in zip(facts, all_reduce(differs, group, "max").tolist(), strict=True) if flag]
 
 
 def barrier(group: Group) -> None:

@@ -7,6 +7,9 @@ gradients is final and all buckets before it were started (every rank thus start
     none       data + context             the sum over the rows of other ranks
     tensor     data + context + tensor    also the partial sums of replicated factors (LoRA)
 
+A ring all-reduce adds in an order that depends on the place in the buffer. So parameters that every tensor rank holds
+whole have buckets of their own, laid out alike on all of them: their gradients agree bitwise.
+
 What rarely occurs is added afterwards, in canonical order: KV heads that live on several tensor ranks (overlap),
 tied embeddings (first and last stage), parameters replicated over pipeline stages.
 """
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 from parallel import comm
 from parallel.comm import Group, Pending
 from parallel.mesh import Mesh
-from parallel.sharding import Spec
+from parallel.sharding import Spec, whole
 
 BUCKET_BYTES = 16 << 20
 
@@ -60,9 +63,12 @@ class Gradients:
                 self._add_bucket(group, run)
 
     def _by_group(self) -> Iterable[tuple[Group, list[Placed]]]:
-        plain = [(s, p) for s, p in self.placed if s.reduce != "tensor"]
         partial = [(s, p) for s, p in self.placed if s.reduce == "tensor"]
-        return [(g, m) for g, m in ((self.mesh.replicas, plain), (self.mesh.replicas_tensor, partial)) if m]
+        uncut = [(s, p) for s, p in self.placed if s.reduce == "none" and s.index == whole(s.shape)]
+        cut = [(s, p) for s, p in self.placed if s.reduce != "tensor" and s.index != whole(s.shape)]
+        replicas = self.mesh.replicas
+        groups = ((replicas, cut), (replicas, uncut), (self.mesh.replicas_tensor, partial))
+        return [(group, members) for group, members in groups if members]
 
     def _add_bucket(self, group: Group, members: list[Placed]) -> None:
         flat = torch.zeros(sum(p.numel() for _, p in members), dtype=members[0][1].dtype, device=members[0][1].device)

@@ -5,7 +5,8 @@
     leave       all-reduce (sum)       identity               g
 
 Between `enter` and `leave` each tensor rank works on its own cut of heads or ffn columns; outside, activations
-are replicated and bitwise equal on all tensor ranks.
+are replicated and bitwise equal on all tensor ranks. `leave` adds in rank order: a token's bits depend neither on
+its place in the batch nor on the others in it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class _Enter(torch.autograd.Function):
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return comm.all_reduce(x.clone(memory_format=torch.contiguous_format), group)
+        return comm.sum_in_rank_order(x.clone(memory_format=torch.contiguous_format), group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -26,14 +26,13 @@ from serve.start import build_engine, check_adapters
 
 GRACE_S = 20.0
 """How long running requests may go on after a request to stop."""
-SILENCE_S = 120.0
-"""A rank that hears nothing for this long gives up; rank 0 speaks every second."""
+SILENCE_S = 600.0
+"""A rank that hears nothing for this long gives up; rank 0 speaks every second once the weights are loaded."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Serves until told to stop; returns the exit code."""
     launch = Launch.from_environment()
-    stop = StopRequest()
     handle: ApiHandle | None = None
     code, reason = 1, "the engine failed"
     try:
@@ -46,15 +45,16 @@ def main(arguments: Sequence[str]) -> int:
             handle = api.start(host=config.host, port=config.port, tokenizer=tokenizer, api_key=config.serve.api_key)
             print(load.short(config), flush=True)
         comm.start(launch, timeout_s=SILENCE_S)
+        stop = StopRequest()  # not before: a rank that waits for one that never comes must die of the signal
         engine = build_engine(config, source, launch)
         front = None if handle is None else ApiFront(handle, stop)
         if handle is not None:
             _announce(config, source, engine, handle)
+        stop.is_running = True
         engine.run(front)
         code, reason = 0, "the server was asked to stop"
     except ConfigError as error:
-        if launch.rank == 0:
-            print(error, file=sys.stderr)
+        comm.tell(launch, error)
         code, reason = 2, str(error)
     except (comm.PeerLost, LinkClosed) as error:
         reason = str(error)
@@ -67,15 +67,18 @@ def main(arguments: Sequence[str]) -> int:
 
 
 class StopRequest:
-    """Remembers SIGTERM and SIGINT."""
+    """Remembers SIGTERM and SIGINT once the engine runs; before that they end the process at once, in order."""
 
     def __init__(self) -> None:
         self.asked = False
+        self.is_running = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+        if not self.is_running:
+            raise SystemExit(0)
 
 
 class ApiFront:
@@ -132,6 +135,8 @@ def _announce(config: Config, source: Source, engine: Engine, handle: ApiHandle)
     }
     handle.link.send({"ready": ready})
     pages = f"{engine.pool.num_pages} pages of {engine.pool.page_size} tokens"
+    if engine.max_length < (config.serve.max_length or 0):
+        pages += f", so at most {engine.max_length} a request, not {config.serve.max_length} (raise serve.kv_memory)"
     print(f"kernels: {engine.runner.decoder.ops.name}; KV cache: {pages}")
     print(f"serving {', '.join([name, *config.adapters])} at {handle.url}", flush=True)
 

@@ -1,4 +1,4 @@
-"""What is checked before a request is read: the API key and the size of the body."""
+"""What happens before a request is read: the API key and the size of the body are checked, the body is JSON."""
 
 import secrets
 
@@ -15,7 +15,10 @@ OPEN_PATHS = frozenset({"/health", "/metrics"})
 
 
 class Guard:
-    """ASGI middleware: 401 without the key, 413 for a body above 16 MiB. `api_key` None = everyone may."""
+    """ASGI middleware: 401 without the key, 413 for a body above 16 MiB. `api_key` None = everyone may.
+
+    Every body is taken as JSON, whatever its Content-Type says: `curl -d` calls it a form.
+    """
 
     def __init__(self, app: ASGIApp, *, api_key: str | None) -> None:
         self._app = app
@@ -31,7 +34,9 @@ class Guard:
         if refusal is not None:
             await _answer(refusal, scope, receive, send)
             return
-        await self._app(scope, Limited(receive), send)
+        named = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+        json_scope = {**scope, "headers": [*named, (b"content-type", b"application/json")]}
+        await self._app(json_scope, Limited(receive), send)
 
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
         given = headers.get(b"authorization", b"")

@@ -15,6 +15,7 @@ other sees the end of the channel at once, says so and ends.
 
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -38,6 +39,8 @@ class ApiHandle:
     host: str
     port: int
     process: "subprocess.Popen[bytes]"
+    tokenizer: Path
+    """The directory that the API process reads and deletes."""
 
     @property
     def url(self) -> str:
@@ -56,6 +59,8 @@ class ApiHandle:
         except subprocess.TimeoutExpired:
             self.process.kill()
             return self.process.wait()
+        finally:
+            shutil.rmtree(self.tokenizer, ignore_errors=True)
 
 
 def start(*, host: str, port: int, tokenizer: Tokenizer, api_key: str | None) -> ApiHandle:
@@ -74,6 +79,7 @@ def start(*, host: str, port: int, tokenizer: Tokenizer, api_key: str | None) ->
             [sys.executable, "-m", "serve.server", *map(str, (listener.fileno(), theirs.fileno(), os.getpid()))],
             pass_fds=(listener.fileno(), theirs.fileno()),
             stdin=subprocess.DEVNULL,
+            process_group=0,  # a launcher signals the engine's group; the engine tells the API process itself
             env={**os.environ, "PYTHONPATH": _search_path()},
         )
         bound = listener.getsockname()[1]
@@ -81,7 +87,7 @@ def start(*, host: str, port: int, tokenizer: Tokenizer, api_key: str | None) ->
     tokenizer.save(directory)
     link = EngineLink(ours)
     link.send({"settings": {"tokenizer": str(directory), "api_key": api_key}})
-    return ApiHandle(link=link, host=host, port=bound, process=process)
+    return ApiHandle(link=link, host=host, port=bound, process=process, tokenizer=directory)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -13,8 +13,9 @@ also how the other ranks know that it lives.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -91,7 +92,7 @@ class Engine:
         """Rank 0's events on every rank (two broadcasts over the world)."""
         if self.mesh.world.size == 1:
             return events
-        payload = json.dumps(asdict(events)).encode() if self.mesh.world.rank == 0 else b""
+        payload = json.dumps(vars(events)).encode() if self.mesh.world.rank == 0 else b""
         return Events(**json.loads(comm.broadcast_bytes(payload, self.mesh.world)))
 
     def turn(self, events: Events) -> Turn:
@@ -115,10 +116,22 @@ class Engine:
                 request.adapter not in self.runner.adapters or request.adapter in self._unloading
             ):
                 raise RequestError("adapter", request.adapter, "is not loaded")
+            request = self._within(request)
         except RequestError as error:
             return [Output(id=str(fields.get("id")), finish="error", error=str(error))]
         refused = self.scheduler.add(request)
         return [] if refused is None else [refused]
+
+    def _within(self, request: Request) -> Request:
+        """The request with max_tokens cut to what its adapter's prefix leaves of the context."""
+        if request.adapter is None or not self.runner.adapters[request.adapter].length:
+            return request
+        longest = self.longest(request.adapter)
+        request.check(vocab_size=self.runner.decoder.architecture.vocab_size, max_length=longest)
+        room = longest - len(request.prompt)
+        asked = request.sampling.max_tokens
+        most = room if asked is None else min(asked, room)
+        return replace(request, sampling=replace(request.sampling, max_tokens=most))
 
     def _adapter(self, event: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """Replies to a load at once; to an unload when no request uses the adapter any more."""
@@ -141,8 +154,12 @@ class Engine:
         error: str | None = None
         try:
             self.runner.load_adapter(name, directory, self.pool)
-        except ConfigError as refusal:
+            if self.longest(name) < 2:
+                self.runner.unload_adapter(name, self.pool)
+                raise ConfigError(f"adapters.{name}={directory}: its prefix fills the whole context")
+        except Exception as refusal:  # whatever is wrong with the files, the requests that run must not suffer
             error = str(refusal)
+            print(f"serve: [{self.mesh.label}] {error}", file=sys.stderr, flush=True)
         anywhere = comm.all_reduce(torch.tensor([int(error is not None)]), self.mesh.world, "max").item()
         if anywhere and error is None:
             self.runner.unload_adapter(name, self.pool)

@@ -21,7 +21,7 @@ from parallel.model.source import open_source
 from parallel.model.tokenizer import Tokenizer
 from serve.detokenize import Detokenizer
 from serve.engine import Events, Turn
-from serve.request import Output, Request, SamplingParams
+from serve.request import Output, Request, RequestError, SamplingParams
 from serve.start import build_engine, check_adapters
 
 
@@ -40,9 +40,8 @@ def main(arguments: Sequence[str]) -> int:
         front = ListFront(requests, config, tokenizer) if launch.rank == 0 else None
         engine.run(front)
         return 0 if front is None else front.finish()
-    except ConfigError as error:
-        if launch.rank == 0:
-            print(error, file=sys.stderr)
+    except (ConfigError, RequestError) as error:
+        comm.tell(launch, error)
         return 2
     finally:
         comm.stop()
@@ -80,7 +79,7 @@ def _request(config: GenerateConfig, id: str, tokenizer: Tokenizer, row: dict[st
     elif config.chat:
         ids = tokenizer.chat([{"role": "user", "content": row["prompt"]}])
     else:
-        ids = tokenizer.encode(row["prompt"])
+        ids = tokenizer.encode(row["prompt"], bos=True)
     sampling = SamplingParams(
         max_tokens=config.max_tokens,
         temperature=config.temperature,

@@ -75,7 +75,7 @@ class State:
 
 def create_app(state: State, *, api_key: str | None) -> FastAPI:
     """The application; what changes while it runs is in `state`. With `api_key`, clients must send it."""
-    app = FastAPI(title="onemesh", docs_url=None, redoc_url=None, strict_content_type=False)
+    app = FastAPI(title="onemesh", docs_url=None, redoc_url=None)
     _add_errors(app)
     _add_observation(app, state)
     _add_generation(app, state)
@@ -173,6 +173,8 @@ def _add_generation(app: FastAPI, state: State) -> None:
         text = state.ready()
         model = state.model(body.model)
         prompts = [await text.prompt(item, bos=body.add_special_tokens, limit=model.max_length) for item in body.prompt]
+        if body.echo:
+            _check_prompts(prompts, model, body)
         answer = CompletionAnswer(
             head=_head("cmpl", model),
             pieces=text.tokenizer,
@@ -192,6 +194,15 @@ def _head(kind: str, model: Model) -> Head:
 
 def _wants_usage(body: GenerationBody) -> bool:
     return body.stream_options is not None and body.stream_options.include_usage
+
+
+def _check_prompts(prompts: Sequence[Prompt], model: Model, body: GenerationBody) -> None:
+    """Raises ApiError (400) for ids that the model doesn't have: they have no text to echo."""
+    for prompt in prompts:
+        try:
+            EngineRequest(id="echo", prompt=prompt.ids).check(vocab_size=model.vocab_size, max_length=model.max_length)
+        except RequestError as error:
+            raise body.refusal(error) from error
 
 
 def _generation(

@@ -19,7 +19,7 @@ from parallel.model.decoder import Decoder
 from parallel.model.step import Step
 from parallel.pipeline import run
 from parallel.pipeline.run import Border
-from parallel.sharding import Spec, partition
+from parallel.sharding import partition
 from serve import batch
 from serve.batch import Batch, LoadedAdapter
 from serve.blocks import OutOfPages, PagePool
@@ -43,7 +43,8 @@ class Runner:
     def forward(self, chunks: Sequence[Chunk]) -> Tensor | None:
         """Computes the chunks and returns the logits [B, V] float32 of those that sample, in order.
 
-        Only the last pipeline stage returns them (on each of its tensor ranks), the others None. Communicates
+        Only the last pipeline stage returns them (on each of its tensor ranks), the others None, as does a step
+        in which nothing samples. Communicates
         T * D elements to the next stage, 2 * T * D a layer over tensor, B * V/tp elements at the end.
         """
         decoder = self.decoder
@@ -53,7 +54,7 @@ class Runner:
             lambda _, hidden: self._stage(step_batch, hidden),
             border=Border([(step_batch.num_tokens, decoder.architecture.width)], decoder.dtype, decoder.device),
         )
-        return self._logits(outputs[0]) if outputs else None
+        return self._logits(outputs[0]) if outputs and len(step_batch.rows) else None
 
     def _stage(self, step_batch: Batch, hidden: Tensor | None) -> Tensor:
         decoder = self.decoder
@@ -71,7 +72,7 @@ class Runner:
     def _logits(self, hidden_BD: Tensor) -> Tensor:
         offsets = partition(self.decoder.architecture.vocab_size, self.mesh.tensor.size)
         sizes = [stop - start for start, stop in itertools.pairwise(offsets)]
-        return comm.all_gather(self.decoder.logits(hidden_BD).float(), self.mesh.tensor, sizes, dim=1)
+        return comm.all_gather(self.decoder.logits(hidden_BD), self.mesh.tensor, sizes, dim=1).float()
 
     def load_adapter(self, name: str, directory: Path, pool: PagePool) -> None:
         """Reads this rank's part of the PEFT adapter in `directory` and serves it as `name`.
@@ -79,21 +80,23 @@ class Runner:
         A prefix takes pages of `pool` for as long as it is loaded.
 
         Raises:
-            ConfigError: not a supported adapter, made for another base, the name is taken, or no pages are left.
+            ConfigError: not a supported adapter, made for another base, the name is taken, or no pages are left;
+                nothing of it stays then.
         """
+        directory = directory.resolve()  # `latest` may move on while its files are read
         if name in self.adapters:
             raise ConfigError(f"adapters.{name} is already loaded; unload it first or choose another name")
         adapter = peft.read(directory, self.decoder.architecture)
         peft.check_base(directory, self.base)
-        weights = directory / peft.WEIGHTS
-
-        def read(spec: Spec, dtype: torch.dtype) -> Tensor:
-            return next(checkpoint.read_blocks(weights, [spec], dtype))
-
+        read = checkpoint.reader(directory / peft.WEIGHTS)
         if adapter.kind == "lora":
             taken = {other.slot for other in self.adapters.values()}
             slot = next(i for i in range(len(taken) + 1) if i not in taken)
-            lora.install(self.decoder, adapter, slot, read, trainable=False)
+            try:
+                lora.install(self.decoder, adapter, slot, read, trainable=False)
+            except BaseException:
+                lora.remove(self.decoder, slot)
+                raise
             self.adapters[name] = LoadedAdapter(name, slot=slot)
             return
         try:
@@ -102,7 +105,11 @@ class Runner:
             raise ConfigError(
                 f"adapters.{name}={directory}: no room in the KV cache for its prefix ({error}); raise serve.kv_memory"
             ) from None
-        self._write_prefix(Prefix(adapter, self.decoder, read, trainable=False), pages)
+        try:
+            self._write_prefix(Prefix(adapter, self.decoder, read, trainable=False), pages)
+        except BaseException:
+            pool.free(pages)
+            raise
         self.adapters[name] = LoadedAdapter(name, pages=tuple(pages), length=adapter.virtual_tokens)
 
     @torch.inference_mode()

@@ -6,6 +6,7 @@ has ended. A second signal ends it at once.
 
 import asyncio
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ import uvloop
 
 from parallel.model.tokenizer_files import directory_tokenizer
 from serve.api import STOP_SECONDS
-from serve.client import EngineClient, Phase
+from serve.client import EngineClient
 from serve.link import ApiLink
 from serve.routes import State, create_app
 from serve.text import TextModel
@@ -43,8 +44,9 @@ async def run(listener: socket.socket, channel: socket.socket, engine: int) -> i
     watch = asyncio.create_task(_watch(engine, client))
     link = await ApiLink.open(channel, client.on_message, client.on_close)
     client.attach(link)
+    signals = itertools.count()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, _on_signal, client, link)
+        asyncio.get_running_loop().add_signal_handler(number, _on_signal, signals, client, link)
     await _until(client.settings, client)
     if client.settings.done():
         await _serve(listener, client)
@@ -98,8 +100,8 @@ async def _until(event: "asyncio.Future[Any]", client: EngineClient) -> None:
     await asyncio.wait({event, client.closed}, return_when=asyncio.FIRST_COMPLETED)
 
 
-def _on_signal(client: EngineClient, link: ApiLink) -> None:
-    if client.phase is Phase.STOPPING:
+def _on_signal(signals: "itertools.count[int]", client: EngineClient, link: ApiLink) -> None:
+    if next(signals):
         client.on_close("a second signal came")
     client.stop()
     link.say_stop()

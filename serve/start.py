@@ -23,6 +23,9 @@ from serve.runner import Runner
 from serve.sampler import Sampler
 from serve.scheduler import Limits, Scheduler
 
+SPARE = 4
+"""Sequences' worth of pages beyond what requests can use: room for prefixes."""
+
 
 def check_adapters(adapters: Mapping[str, str], source: Source) -> None:
     """Checks the adapters' headers against the base model before anything starts.
@@ -61,10 +64,26 @@ def build_engine(config: Config, source: Source, launch: Launch, *, max_chunk: i
     pool = PagePool(_num_pages(config.serve, limits, decoder, mesh, launch), config.serve.page_size)
     cache = KvCache.allocate(decoder, num_pages=pool.num_pages, page_size=pool.page_size)
     runner = Runner(decoder, mesh, cache, pool.page_size, source.fingerprint)
-    for name, path in config.adapters.items():
-        runner.load_adapter(name, Path(path), pool)
+    paths = {name: Path(path).resolve() for name, path in config.adapters.items()}
+    _agree(source, paths, mesh)
+    for name, path in paths.items():
+        runner.load_adapter(name, path, pool)
     eos_ids = source.tokenizer().eos_ids
-    return Engine(runner, Scheduler(limits, pool, eos_ids), Sampler(eos_ids), pool, limits.max_length)
+    longest = min(limits.max_length, pool.num_free * pool.page_size)
+    if longest < 2:
+        raise ConfigError(
+            f"serve.kv_memory={config.serve.kv_memory} holds {longest} tokens beside the adapters' prefixes; raise it"
+        )
+    return Engine(runner, Scheduler(limits, pool, eos_ids), Sampler(eos_ids), pool, longest)
+
+
+def _agree(source: Source, adapters: Mapping[str, Path], mesh: Mesh) -> None:
+    """Raises ConfigError on every rank when one of them would serve another model or other adapters."""
+    facts = {"the weights of model.path": source.fingerprint}
+    facts |= {f"adapters.{name}": str(path) for name, path in adapters.items()}
+    differing = comm.disagreements(facts, mesh.world)
+    if differing:
+        raise ConfigError(f"[{mesh.label}] ranks disagree on {' and '.join(differing)}; give every host the same files")
 
 
 def _limits(serve: ServeConf, source: Source, max_chunk: int | None) -> Limits:
@@ -80,17 +99,24 @@ def _limits(serve: ServeConf, source: Source, max_chunk: int | None) -> Limits:
 
 def _num_pages(serve: ServeConf, limits: Limits, decoder: Decoder, mesh: Mesh, launch: Launch) -> int:
     """Pages of the cache: what `serve.kv_memory` holds on the rank with the least room, never more than all
-    requests can use, at least one."""
-    free = available_memory() // launch.local_size
+    requests and a few long prefixes can use, at least one."""
+    free = available_memory(decoder.device, launch.local_size)
     one = page_bytes(decoder.architecture, decoder.here, decoder.stage, serve.page_size, decoder.dtype)
-    useful = limits.max_sequences * -(-limits.max_length // serve.page_size)
+    useful = (limits.max_sequences + SPARE) * -(-limits.max_length // serve.page_size)
     mine = max(1, min(memory_bytes(serve.kv_memory, free) // max(one, 1), useful))
     return -int(comm.all_reduce(torch.tensor([-mine]), mesh.world, "max").item())
 
 
-def available_memory() -> int:
-    """Bytes this host can give out (MemAvailable)."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/meminfo has no MemAvailable")
+def available_memory(device: torch.device, ranks: int) -> int:
+    """Bytes this rank can have: a GPU's free memory, or its share of the host's (`ranks` on it).
+
+    The host's is MemAvailable, or what the cgroup's limit leaves where that is less (Slurm, containers).
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return max(free, 0) // ranks

@@ -16,6 +16,7 @@ from pathlib import Path
 from conf.check import check
 from conf.load import load, training_arguments
 from conf.schema import ConfigError, ParallelConf, SubmitConfig
+from parallel.model.source import open_source
 
 PROJECT = Path(__file__).parent.parent
 SCRIPT = PROJECT / "slurm" / "train.sbatch"
@@ -68,7 +69,8 @@ def ranks_per_node(environment: Mapping[str, str]) -> int:
 def main(argv: Sequence[str]) -> int:
     """Checks, then submits or prints; returns the exit code (2 for a user's mistake)."""
     try:
-        config = check(load(argv, "submit"), "submit", None, None)
+        config = load(argv, "submit")
+        config = check(config, "submit", None, open_source(config.model).architecture)
         environment = cluster_environment()
         nodes, ranks = place(config.parallel, config.nodes, ranks_per_node(environment))
     except ConfigError as error:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from conf.check import check
 from conf.load import load
 from conf.schema import ConfigError
 
@@ -24,6 +25,8 @@ def main(module: str, arguments: Sequence[str]) -> None:
         arguments = [f"host={os.environ['ONEMESH_ADDRESS']}", *arguments]
         if os.environ["RANK"] == "0":
             print(url(arguments), flush=True)
+    if module == "train" and has_begun(arguments, os.environ):
+        arguments = [*arguments, "train.resume=auto"]
     sys.argv = [module, *arguments]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -34,6 +37,17 @@ def main(module: str, arguments: Sequence[str]) -> None:
     finally:
         # The batch script repeats its request. Python's shutdown would restore the signal's deadly default.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def has_begun(arguments: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """Whether this is a requeued job whose run has saved: then train.resume=never or a path was for its first start."""
+    if environment.get("SLURM_RESTART_COUNT", "0") == "0":
+        return False
+    try:
+        config = check(load(arguments, "train"), "train", None, None)
+    except ConfigError:
+        return False
+    return (Path(config.run_dir) / "checkpoints" / "latest").exists()
 
 
 def leave_word(environment: Mapping[str, str]) -> None:

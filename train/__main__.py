@@ -46,16 +46,22 @@ def main(arguments: Sequence[str]) -> int:
     launch = Launch.from_environment()
     try:
         inputs = prepare(arguments, launch)
-    except ConfigError as error:
         if launch.rank == 0:
-            print(error, file=sys.stderr)
+            announce(inputs)
+    except ConfigError as error:
+        comm.tell(launch, error)
         return 2
-    if launch.rank == 0:
-        announce(inputs)
     comm.start(launch)
     try:
         return run(inputs, launch)
-    except (NotFinite, comm.PeerLost) as error:
+    except ConfigError as error:
+        print(error, file=sys.stderr, flush=True)
+        return 2
+    except NotFinite as error:
+        if launch.rank == 0:
+            print(f"train: {error}", file=sys.stderr, flush=True)
+        return 1
+    except comm.PeerLost as error:
         print(f"train: {error}", file=sys.stderr, flush=True)
         return 1
     finally:
@@ -73,7 +79,9 @@ def prepare(arguments: Sequence[str], launch: Launch) -> Inputs:
     config = check(config, "train", launch.world_size, source.architecture)
     resume = saving.find_resume(config)
     saving.check_base(resume, source, config)
+    saving.check_saving(config, source)
     data = load_training_data(config.data, source.tokenizer())
+    check_ids(data, source)
     saving.check_data(resume, data.train.fingerprint, config)
     weights = source
     if resume is not None and config.tune.kind == "full":
@@ -81,16 +89,34 @@ def prepare(arguments: Sequence[str], launch: Launch) -> Inputs:
     return Inputs(config, source, weights, data, resume)
 
 
+def check_ids(data: TrainingData, source: Source) -> None:
+    """Raises ConfigError when the tokenizer makes ids that the model has no embedding for."""
+    highest = max(int(rows.ids.max()) for rows in (data.train, data.evaluate) if rows is not None)
+    vocab = source.architecture.vocab_size
+    if highest >= vocab:
+        raise ConfigError(
+            f"the tokenizer gives token {highest}, but the model's vocab_size={vocab}; "
+            "use the tokenizer that belongs to the model"
+        )
+
+
 def announce(inputs: Inputs) -> None:
-    """Prints what is about to run and writes `run_dir/config.yaml` (rank 0)."""
+    """Prints what is about to run and writes `run_dir/config.yaml` (rank 0).
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
     print(load.short(inputs.config))
     for report in inputs.data.reports:
         print(report.text)
     if inputs.resume is not None:
         print(f"going on after step {inputs.resume.step} from {inputs.resume.directory}")
     run_dir = Path(inputs.config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    load.save(inputs.config, run_dir / "config.yaml")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        load.save(inputs.config, run_dir / "config.yaml")
+    except OSError as error:
+        raise ConfigError(f"run_dir={run_dir} can't be written ({error.strerror}); choose another") from None
 
 
 def run(inputs: Inputs, launch: Launch) -> int:
@@ -99,6 +125,18 @@ def run(inputs: Inputs, launch: Launch) -> int:
     data, pipeline, context, tensor = config.parallel.sizes
     mesh = Mesh.build(launch, data=data, pipeline=pipeline, context=context, tensor=tensor)
     device = comm.device(launch)
+    facts = {
+        "the configuration": load.to_yaml(config),
+        "the checkpoint": f"{inputs.resume and inputs.resume.step}",
+        "the rows of data.path": inputs.data.train.fingerprint,
+        "the weights of model.path": inputs.weights.fingerprint,
+    }
+    differing = comm.disagreements(facts, mesh.world)
+    if differing:
+        raise ConfigError(
+            f"[{mesh.label}] ranks disagree on {' and '.join(differing)}; "
+            "give every host the same files (run_dir on a shared file system)"
+        )
     ops = dispatch.select(device, getattr(torch, config.model.dtype))
     if launch.rank == 0:
         print(f"kernels: {ops.name}", flush=True)

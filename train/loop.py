@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import signal
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,13 +15,13 @@ from typing import Any
 import torch
 
 from conf.schema import Config
-from parallel import comm
+from parallel import checkpoint, comm
 from parallel.mesh import Mesh
 from parallel.model.source import Source
 from train import curve, saving
 from train.batches import StepOrder
 from train.data import TrainingData
-from train.metrics import EVAL_FILE, Logger, MetricsFile, Progress, open_logger
+from train.metrics import EVAL_FILE, METRICS_FILE, Logger, MetricsFile, Progress, open_logger
 from train.step import Trainer
 
 STOPPED = 75
@@ -53,6 +54,7 @@ class Recorder:
         if not writes:
             return
         first = 0 if resume is None else resume.step
+        checkpoint.begin(self.run_dir / "checkpoints", None if resume is None else resume.directory)
         self._metrics, self._eval = MetricsFile(self.run_dir), MetricsFile(self.run_dir, EVAL_FILE)
         for file in (self._metrics, self._eval):
             file.cut_after(first)
@@ -98,9 +100,27 @@ def train(config: Config, trainer: Trainer, source: Source, data: TrainingData, 
     mesh = trainer.mesh
     stop = StopRequest(mesh)
     recorder = Recorder(config, resume, mesh.world.rank == 0)
+    code = 1
+    try:
+        code = _steps(config, trainer, source, data, resume, stop, recorder)
+    finally:
+        recorder.close(code)
+    if mesh.world.rank == 0:
+        _draw(recorder.run_dir)
+    return code
+
+
+def _steps(
+    config: Config,
+    trainer: Trainer,
+    source: Source,
+    data: TrainingData,
+    resume: saving.Resume | None,
+    stop: StopRequest,
+    recorder: Recorder,
+) -> int:
     order = StepOrder(len(data.train), config.train.seed, config.train.batch_size)
     step = 0 if resume is None else resume.step
-    code = 0
     if step >= config.train.steps:
         recorder.note(f"nothing to do: step {step} is done and train.steps={config.train.steps}; raise it to go on")
     while step < config.train.steps:
@@ -108,20 +128,16 @@ def train(config: Config, trainer: Trainer, source: Source, data: TrainingData, 
         record = _one_step(trainer, step, data, order)
         recorder.step(record)
         last = step == config.train.steps
-        if data.evaluate is not None and (last or _due(step, config.train.evaluate_every)):
-            recorder.evaluation(step, trainer.evaluate(data.evaluate))
         stopping = not last and stop.asked()
         if last or stopping or _due(step, config.train.save_every):
             directory = saving.save(trainer, source, data.train.fingerprint, step, recorder.run_id)
             recorder.note(f"step {step}: saved {directory}")
         if stopping:
-            recorder.note(f"step {step}: asked to stop; start the same command again to go on from here")
-            code = STOPPED
-            break
-    recorder.close(code)
-    if mesh.world.rank == 0:
-        _draw(recorder.run_dir)
-    return code
+            recorder.note(f"step {step}: asked to stop; the same command with train.resume=auto goes on from here")
+            return STOPPED
+        if data.evaluate is not None and (last or _due(step, config.train.evaluate_every)):
+            recorder.evaluation(step, trainer.evaluate(data.evaluate))
+    return 0
 
 
 def _due(step: int, every: int) -> bool:
@@ -144,4 +160,8 @@ def _one_step(trainer: Trainer, step: int, data: TrainingData, order: StepOrder)
 
 
 def _draw(run_dir: Path) -> None:
-    curve.picture(run_dir / "metrics.jsonl", run_dir / "loss.png")
+    """The loss's picture; a run that is done doesn't fail for it."""
+    try:
+        curve.picture(run_dir / METRICS_FILE, run_dir / curve.PICTURE_FILE)
+    except Exception as error:
+        warnings.warn(f"no picture of the loss: {error}", RuntimeWarning, stacklevel=2)

@@ -31,14 +31,18 @@ def learning_rate(optim: OptimConf, step: int) -> float:
 
 def adamw(optim: OptimConf, placed: Sequence[tuple[Spec, nn.Parameter]]) -> torch.optim.AdamW:
     """torch's fused AdamW (arXiv:1711.05101) in the parameters' dtype; norms and biases don't decay."""
-    matrices = [p for spec, p in placed if len(spec.shape) > 1]
-    vectors = [p for spec, p in placed if len(spec.shape) <= 1]
+    matrices = [p for spec, p in placed if _decays(spec)]
+    vectors = [p for spec, p in placed if not _decays(spec)]
     groups = [
         {"params": members, "weight_decay": decay}
         for members, decay in ((matrices, optim.weight_decay), (vectors, 0.0))
         if members
     ]
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def _decays(spec: Spec) -> bool:
+    return len(spec.shape) > 1 and not spec.name.endswith("bias")
 
 
 @dataclass(frozen=True)

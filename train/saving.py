@@ -29,6 +29,7 @@ from parallel import checkpoint
 from parallel.adapters import peft
 from parallel.checkpoint import Block, TensorFile, renamed
 from parallel.model.hf import write_config
+from parallel.model.safetensors_io import read_header
 from parallel.model.source import Source
 from parallel.tensor import master_dtype
 from train.model import Model, Read
@@ -70,8 +71,15 @@ def find_resume(config: Config) -> Resume | None:
     directory = Path(config.run_dir) / "checkpoints" / "latest"
     if config.train.resume != "auto":
         directory = Path(config.train.resume)
-    elif not directory.exists():
+    elif not directory.is_symlink() and not directory.exists():
         return None
+    elif not directory.exists():
+        raise ConfigError(
+            f"{directory} points to {directory.readlink()}, which is missing: a crash while that step was saved again "
+            f"left it as .{directory.readlink()}.old.partial; rename it back, or use train.resume=never"
+        )
+    elif not directory.is_symlink():
+        raise ConfigError(f"{directory} is no link to a checkpoint; rename it to step-N and link latest to it")
     try:
         state = json.loads((directory / STATE).read_text())
         saved = load.read_saved(directory / CONFIG)
@@ -89,17 +97,35 @@ def find_resume(config: Config) -> Resume | None:
         raise ConfigError(
             f"train.resume={config.train.resume}: {directory} is no checkpoint of a run ({error.filename} is missing)"
         ) from None
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"train.resume={config.train.resume}: {directory / STATE} is damaged ({error})") from None
     changed = difference(saved, config)
     if changed:
         lines = "\n".join(f"  {line}" for line in changed)
         raise ConfigError(
             f"train.resume={config.train.resume}: {directory} was written with other options:\n{lines}\n"
-            "only parallel.*, train.steps, train.save_every and logger.* may change; set them back, use another "
-            "run_dir, or train.resume=never"
+            "only parallel.*, train.steps, train.save_every, train.keep_checkpoints and logger.* may change; "
+            "set the others back, use another run_dir, or train.resume=never"
         )
+    for name in _tensor_files(config):
+        if not (found.directory / name).is_file():
+            raise ConfigError(f"train.resume={config.train.resume}: {found.directory / name} is missing")
+        read_header(found.directory / name)
     return found
+
+
+def _tensor_files(config: Config) -> list[str]:
+    """The files with tensors that a checkpoint of this configuration holds."""
+    if config.tune.kind == "full":
+        return [MODEL, OPTIMIZER]
+    projected = config.tune.kind == "prefix" and config.tune.prefix_projection
+    return [peft.WEIGHTS, OPTIMIZER, *([PARAMETERS] if projected else [])]
+
+
+def check_saving(config: Config, source: Source) -> None:
+    """Raises ConfigError when the checkpoints of a full fine-tuning couldn't be written as a Hugging Face model."""
+    if config.tune.kind == "full":
+        write_config(source.architecture, source.hf_config, config.model.dtype)
 
 
 def check_base(resume: Resume | None, source: Source, config: Config) -> None:
@@ -126,19 +152,17 @@ def adapter_reader(config: Config, resume: Resume | None) -> Read | None:
         return None
     projected = config.tune.kind == "prefix" and config.tune.prefix_projection
     path = resume.directory / (PARAMETERS if projected else peft.WEIGHTS)
-    return lambda spec, dtype: next(checkpoint.read_blocks(path, [spec], dtype))
+    return checkpoint.reader(path)
 
 
 def restore(trainer: Trainer, resume: Resume) -> None:
     """Puts the optimizer's moments and the loss scale of the checkpoint into the trainer."""
-    specs = [spec for spec, _ in trainer.placed]
     dtype = master_dtype(trainer.model.decoder.dtype)
-    path = resume.directory / OPTIMIZER
-    moments = {name: list(checkpoint.read_blocks(path, specs, dtype, prefix=f"{name}.")) for name in MOMENTS}
-    for i, (_, parameter) in enumerate(trainer.placed):
+    readers = {name: checkpoint.reader(resume.directory / OPTIMIZER, f"{name}.") for name in MOMENTS}
+    for spec, parameter in trainer.placed:
         trainer.optimizer.state[parameter] = {
-            "step": torch.tensor(float(resume.optimizer_steps)),
-            **{name: moments[name][i].to(parameter.device) for name in MOMENTS},
+            "step": torch.tensor(float(resume.optimizer_steps), device=parameter.device),
+            **{name: read(spec, dtype).to(parameter.device) for name, read in readers.items()},
         }
     trainer.loss_scale = LossScale(trainer.loss_scale.dynamic, resume.loss_scale, resume.calm)
 

@@ -62,7 +62,7 @@ class Trainer:
         """Runs step `number` (from 1) on the step's rows (the same list on every rank).
 
         Raises:
-            NotFinite: the gradient is not finite and the dtype isn't float16.
+            NotFinite: the gradient is not finite, and no smaller loss scale could help.
         """
         batches = self._batches(rows)
         tokens, targets = self._counts(batches)
@@ -71,10 +71,10 @@ class Trainer:
         self.gradients.scale(1 / self.loss_scale.scale)
         norm = self.gradients.norm(self.names)
         finite = math.isfinite(norm)
-        if not finite and not self.loss_scale.dynamic:
+        if not finite and self.loss_scale.scale == 1:
             raise NotFinite(
-                f"step {number}: the gradient's norm is {norm} (loss {loss}); lower optim.lr or look at the rows "
-                "of this step with train.preview. The last checkpoint is as it was"
+                f"step {number}: the gradient's norm is {norm} (loss {loss}); lower optim.lr, or use a model.dtype "
+                "with more range than float16. The last checkpoint is as it was"
             )
         lr = learning_rate(self.config.optim, number)
         if finite:

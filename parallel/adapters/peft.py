@@ -176,6 +176,8 @@ def check_base(directory: Path, fingerprint: str) -> None:
 
 
 _NEUTRAL_LORA: Mapping[str, tuple[Any, ...]] = {
+    # others (pissa, corda, olora, ...) also change the base model's weights when PEFT loads them
+    "init_lora_weights": (None, "gaussian", "eva", "orthogonal", False, True),
     "bias": (None, "none"),
     "use_dora": (None, False),
     "fan_in_fan_out": (None, False),
@@ -205,7 +207,7 @@ def _read_lora(config: Mapping[str, Any], header: Header, directory: Path, archi
         module = match["module"] if match else ""
         if match is None or module not in shapes:
             raise ConfigError(f"{directory / WEIGHTS}: tensor {name} matches nothing in the base model; {_OTHER_MODEL}")
-        rank = entry.shape[0 if match["factor"] == "A" else -1] if entry.shape else 0
+        rank = max(1, entry.shape[0 if match["factor"] == "A" else -1]) if entry.shape else 1
         out_width, in_width = shapes[module]
         expected = (rank, in_width) if match["factor"] == "A" else (out_width, rank)
         if entry.shape != expected:
@@ -247,7 +249,7 @@ def _read_prefix(config: Mapping[str, Any], header: Header, directory: Path, arc
     if entry is None or len(header.entries) != 1:
         raise ConfigError(f"{directory / WEIGHTS} should hold {PREFIX_NAME} alone; it holds {sorted(header.entries)}")
     width = architecture.num_layers * 2 * architecture.num_kv_heads * architecture.head_dim
-    if len(entry.shape) != 2 or entry.shape[1] != width:
+    if len(entry.shape) != 2 or entry.shape[0] < 1 or entry.shape[1] != width:
         raise ConfigError(
             f"{directory / WEIGHTS}: {PREFIX_NAME} has shape {list(entry.shape)} where the base model needs "
             f"[tokens, {width}]; {_OTHER_MODEL}"

@@ -158,7 +158,7 @@ def _check_message(number: int, message: Any) -> dict[str, Any]:
     if content is None and calls and role == "assistant":
         content = ""
     if isinstance(content, list):
-        content = "".join(_text_of(number, part) for part in content)
+        content = "\n".join(_text_of(number, part) for part in content)
     if not isinstance(content, str):
         raise ConfigError(
             f"messages[{number}].content must be text or a list of text parts, not {type(content).__name__}"

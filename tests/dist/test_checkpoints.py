@@ -171,3 +171,30 @@ def _crash_amid_save(launch, folder: Path, point: str) -> None:
             *TUNES["lora"], *keys,
         ],
     )  # fmt: skip
+
+
+def test_a_fresh_start_in_an_old_run_dir_never_goes_on_from_the_old_run(tmp_path: Path) -> None:
+    run(tmp_path, "alone", "lora", 3)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoint.begin(checkpoints, None)
+    assert not (checkpoints / "latest").is_symlink()
+    checkpoint.begin(checkpoints, checkpoints / "step-3")
+    assert os.readlink(checkpoints / "latest") == "step-3"
+
+
+def test_keeping_the_newest_looks_at_this_run_alone(tmp_path: Path) -> None:
+    for name in ("step-5", "step-10", "step-20", "step-90", "step-100", "step-20-copy"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "latest").symlink_to("step-20")
+    checkpoint.keep_newest(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "latest", "step-10", "step-100", "step-20", "step-20-copy", "step-90",
+    ]  # fmt: skip
+
+
+def test_a_dangling_latest_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
+    run(tmp_path, "alone", "lora", 2)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "step-2").rename(checkpoints / ".step-2.old.partial")
+    with pytest.raises(AssertionError, match="rename it back"):
+        run(tmp_path, "alone", "lora", 4)

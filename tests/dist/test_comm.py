@@ -61,7 +61,7 @@ def _collectives(launch: Launch) -> None:
     assert whole.tolist() == [[0.0, 0.0, 0.0, 2.0, 2.0]] * 4
     assert comm.all_reduce(torch.tensor([me + 1.0]), group).item() == 6
     assert comm.all_reduce(torch.tensor([me]), group, "max").item() == 2
-    for payload in (b"", b"x", b"onemesh" * 1000):
+    for payload in (b"", b"x", b"y" * 4088, b"z" * 4089, b"onemesh" * 1000):
         assert comm.broadcast_bytes(payload if me == 1 else b"?", group, 1) == payload
     assert comm.broadcast(torch.tensor([me]), group, 2).item() == 2
     assert mesh.traffic.calls[("all_gather", "tensor")] == 1
@@ -70,6 +70,29 @@ def _collectives(launch: Launch) -> None:
 
 def test_collectives_on_uneven_and_empty_parts() -> None:
     on_ranks(3, _collectives)
+
+
+def _ordered(launch: Launch) -> tuple[list[float], list[float]]:
+    mesh = Mesh.build(launch, tensor=4)
+    random = torch.Generator().manual_seed(launch.rank)
+    rows = torch.randn(64, 576, generator=random)
+    whole = comm.sum_in_rank_order(rows.clone(), mesh.tensor)
+    alone = comm.sum_in_rank_order(rows[37:38].clone(), mesh.tensor)
+    return whole[37].tolist(), alone[0].tolist()
+
+
+def test_a_row_is_summed_alike_in_any_company() -> None:
+    for together, alone in on_ranks(4, _ordered):
+        assert together == alone
+
+
+def _disagree(launch: Launch) -> list[str]:
+    mesh = Mesh.build(launch, tensor=3)
+    return comm.disagreements({"rows": "same", "checkpoint": str(launch.rank == 2)}, mesh.world)
+
+
+def test_a_rank_with_other_inputs_is_noticed_by_all() -> None:
+    assert on_ranks(3, _disagree) == [["checkpoint"]] * 3
 
 
 def test_one_rank_needs_no_process_group() -> None:

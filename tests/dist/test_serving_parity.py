@@ -84,7 +84,7 @@ def test_arriving_one_by_one_changes_no_bit() -> None:
     assert served.logprobs == reference().logprobs
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("tensor", [1, 2, 3])
 def test_preemption_changes_no_bit(tensor: int) -> None:
     plenty = serve(Serving(tensor=tensor), [requests()])
     short = serve(Serving(tensor=tensor, pages=25, max_batch_tokens=64), [requests()])

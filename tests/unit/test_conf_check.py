@@ -74,11 +74,11 @@ class TestDerivedValues:
             (["train.batch_size=8", "parallel.pipeline=2"], 2, 4),
             (["train.batch_size=3", "parallel.pipeline=2"], 2, 3),
             (["train.batch_size=8", "parallel.microbatches=3"], 1, 3),
-            (["train.batch_size=5", "parallel.microbatches=9"], 2, 3),
+            (["train.batch_size=5", "parallel.microbatches=9"], 2, 9),
             (["train.batch_size=1"], 4, 1),
         ],
     )
-    def test_microbatches_are_at_most_the_rows_of_a_data_rank(
+    def test_microbatches_are_as_set_or_at_most_the_rows_of_a_data_rank(
         self, argv: list[str], ranks: int, microbatches: int
     ) -> None:
         assert checked(*argv, ranks=ranks).parallel.microbatches == microbatches

@@ -107,9 +107,13 @@ REFUSED = {
 
 def refused(argv: list[str], command: str = "train") -> str:
     with pytest.raises(ConfigError) as caught:
-        config = load(argv, command)  # pyright: ignore[reportCallIssue, reportArgumentType]
-        check(config, command, None, None)
+        _load_and_check(argv, command)
     return str(caught.value)
+
+
+def _load_and_check(argv: list[str], command: str) -> None:
+    config = load(argv, command)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    check(config, command, None, None)
 
 
 class TestValues:

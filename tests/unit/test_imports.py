@@ -20,7 +20,7 @@ ALLOWED = {
     "parallel": ("parallel", "kernels", "conf.schema"),
     "train": ("train", "parallel", "kernels", "conf"),
     "serve": ("serve", "parallel", "kernels", "conf"),
-    "slurm": ("slurm", "conf"),
+    "slurm": ("slurm", "conf", "parallel.model.source"),
 }
 """Room -> what of the project its files import."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -20,7 +21,7 @@ SIZES = range(1, TINY.num_heads + 1)
 @given(st.integers(0, 1000), st.integers(1, 64))
 def test_partition_covers_everything_and_is_balanced(units: int, size: int) -> None:
     offsets = partition(units, size)
-    lengths = [b - a for a, b in zip(offsets, offsets[1:], strict=False)]
+    lengths = [b - a for a, b in itertools.pairwise(offsets)]
     assert offsets[0] == 0
     assert offsets[-1] == units
     assert max(lengths) - min(lengths) <= 1

@@ -16,10 +16,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from conf.schema import ConfigError
 from train.demo.processes import Failed
 
-MAX_TOKENS = 80
-"""Longest answer; those of the demo's rows have up to 60 tokens."""
+MAX_TOKENS = 64
+"""Longest answer; those of the demo's questions have up to 56 tokens."""
 FRAMES_PER_SECOND = 8
 
 
@@ -53,36 +54,48 @@ class Round:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The first user turn of every row of a JSONL file, with the row's `keywords`."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [Question(row["messages"][0]["content"], tuple(row["keywords"])) for row in rows]
+    """The first message of every row of a JSONL file, with the row's `keywords`.
+
+    Raises:
+        ConfigError: a row is not of that form; names file and line.
+    """
+    questions: list[Question] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            questions.append(Question(row["messages"][0]["content"], tuple(row["keywords"])))
+        except (ValueError, LookupError, TypeError) as error:
+            form = '{"messages": [...], "keywords": [...]}'
+            raise ConfigError(f"{path} line {number} is not {form} ({error!r})") from None
+    return questions
 
 
 def ask_both(url: str, questions: Sequence[Question], console: Console) -> list[Round]:
-    """Puts every question to the server's two models (the base comes first in its list), both at once.
+    """Puts every question to the server's two models (the base comes first in its list), all at the same time.
 
-    The answers are greedy and streamed; on a terminal they grow side by side, elsewhere they are printed when
-    both are complete.
+    The answers are greedy and streamed. They are shown question by question: on a terminal they grow side by
+    side, elsewhere both are printed when they are complete.
 
     Raises:
         Failed: the server refused or broke off.
     """
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    rounds = [Round(question) for question in questions]
     try:
         base, tuned = (model.id for model in client.models.list().data)
-        rounds: list[Round] = []
-        with ThreadPoolExecutor(2) as pool:
-            for number, question in enumerate(questions, 1):
-                rounds.append(Round(question))
-                console.print(Text(f"\n{number}. {question.text}", style="bold"))
-                streams = [
-                    pool.submit(_stream, client, model, question.text, answer)
-                    for model, answer in ((base, rounds[-1].base), (tuned, rounds[-1].tuned))
-                ]
-                _show(rounds[-1], (base, tuned), streams, console)
-        return rounds
+        console.print(f"base model: {base}; adapter: {tuned}", markup=False)
+        with ThreadPoolExecutor(2 * len(rounds)) as pool:
+            streams = [
+                (pool.submit(_stream, client, base, one.question.text, one.base),
+                 pool.submit(_stream, client, tuned, one.question.text, one.tuned))
+                for one in rounds
+            ]  # fmt: skip
+            for number, (one, pair) in enumerate(zip(rounds, streams, strict=True), 1):
+                console.print(Text(f"\n{number}. {one.question.text}", style="bold"))
+                _show(one, pair, console)
     except OpenAIError as error:
         raise Failed(f"the server did not answer: {error}") from error
+    return rounds
 
 
 def _stream(client: OpenAI, model: str, question: str, answer: Answer) -> None:
@@ -98,29 +111,26 @@ def _stream(client: OpenAI, model: str, question: str, answer: Answer) -> None:
     for chunk in chunks:
         if chunk.choices:
             answer.text += chunk.choices[0].delta.content or ""
+            answer.text += " ..." if chunk.choices[0].finish_reason == "length" else ""
         if chunk.usage is not None:
             answer.tokens = chunk.usage.completion_tokens
 
 
-def _show(asked: Round, names: tuple[str, str], streams: Sequence[Future[None]], console: Console) -> None:
+def _show(asked: Round, streams: Sequence[Future[None]], console: Console) -> None:
     with Live(console=console, auto_refresh=False) as live:
         while not all(stream.done() for stream in streams):
-            live.update(_columns(asked, names, done=False), refresh=console.is_terminal)
+            live.update(side_by_side(asked, done=False), refresh=console.is_terminal)
             time.sleep(1 / FRAMES_PER_SECOND)
-        live.update(_columns(asked, names, done=True))
+        live.update(side_by_side(asked, done=True))
     for stream in streams:
         stream.result()
 
 
-def _columns(asked: Round, names: tuple[str, str], *, done: bool) -> Table:
+def side_by_side(asked: Round, *, done: bool) -> Table:
+    """The two answers as columns of equal width; once they are `done`, right ones are green on a terminal."""
     table = Table(box=box.ROUNDED, expand=True)
-    for heading, answer in zip(_headings(names), (asked.base, asked.tuned), strict=True):
-        known = done and asked.question.is_answered_by(answer.text)
-        table.add_column(Text(heading), ratio=1, style="green" if known else "")
+    for heading, answer in (("base model", asked.base), ("with the adapter", asked.tuned)):
+        right = done and asked.question.is_answered_by(answer.text)
+        table.add_column(heading, ratio=1, style="green" if right else "")
     table.add_row(*(Text(" ".join(answer.text.split())) for answer in (asked.base, asked.tuned)))
     return table
-
-
-def _headings(names: tuple[str, str]) -> tuple[str, str]:
-    base, tuned = names
-    return f"base model ({base})", f"with your adapter ({tuned})"

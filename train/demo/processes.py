@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 LAST_LINES = 15
 LAUNCHER_NOISE = "torch/distributed/elastic/"
@@ -106,15 +107,17 @@ def last_words(text: str) -> list[str]:
 
 
 @contextmanager
-def _started(command: Sequence[str], ranks: int, stdout: object, stderr: object) -> Iterator[subprocess.Popen[bytes]]:
+def _started(
+    command: Sequence[str], ranks: int, stdout: IO[bytes] | None, stderr: IO[bytes] | int
+) -> Iterator[subprocess.Popen[bytes]]:
     """A process in a session of its own, so that nothing of it is left when the block is."""
     sys.stdout.flush()
     process = subprocess.Popen(
         command,
         env=environment(ranks),
         stdin=subprocess.DEVNULL,
-        stdout=stdout,  # pyright: ignore[reportArgumentType]
-        stderr=stderr,  # pyright: ignore[reportArgumentType]
+        stdout=stdout,
+        stderr=stderr,
         start_new_session=True,
     )
     try:
