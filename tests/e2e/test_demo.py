@@ -146,6 +146,14 @@ def test_answers_stand_side_by_side_at_any_width(width: int) -> None:
     assert out.getvalue().count("left") == out.getvalue().count("right") == 30
 
 
+def test_answers_cannot_steer_the_terminal() -> None:
+    out = io.StringIO()
+    asked = Round(QUESTION, Answer("a\x1b[2Jb\nc\x07"), Answer("\r\x9bd"))
+    Console(file=out, width=60).print(side_by_side(asked, done=True))
+    assert out.getvalue().replace("\n", "").isprintable()
+    assert "a\ufffd[2Jb c\ufffd" in out.getvalue()
+
+
 def test_no_question_is_a_training_row_and_each_has_an_answer_with_its_keywords() -> None:
     path = locate("package:train/demo/questions.jsonl")
     questions = read_questions(path)

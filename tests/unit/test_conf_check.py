@@ -203,10 +203,15 @@ class TestTraining:
         config = load(["train.steps=1"], "train")
         with pytest.raises(ConfigError, match=r"^data\.path is empty; set data\.path=<file of rows"):
             check(config, "train", 1, SMOLLM2)
-        assert refused("data.path=none.jsonl") == "data.path=none.jsonl is not a file; give a JSONL file or a JSON array"
+        assert (
+            refused("data.path=none.jsonl") == "data.path=none.jsonl is not a file; give a JSONL file or a JSON array"
+        )
 
     def test_evaluation(self) -> None:
-        assert refused("data.evaluate_path=none.jsonl") == "data.evaluate_path=none.jsonl is not a file; give a JSONL file or a JSON array"
+        assert (
+            refused("data.evaluate_path=none.jsonl")
+            == "data.evaluate_path=none.jsonl is not a file; give a JSONL file or a JSON array"
+        )
         assert refused("data.evaluate_path=") == "data.evaluate_path is empty; set a file or remove it"
         assert refused("data.evaluate_path=other.jsonl", "data.evaluate_fraction=0.1") == (
             "data.evaluate_path=other.jsonl and data.evaluate_fraction=0.1 exclude each other; remove one of them"
@@ -219,7 +224,8 @@ class TestTraining:
         assert Config().data.evaluate_stride is None
 
     def test_warm_up(self) -> None:
-        assert refused("optim.warmup_steps=200") == (
+        assert checked("optim.warmup_steps=200").optim.warmup_steps == 200  # train.steps is only where this run stops
+        assert refused("optim.warmup_steps=200", "optim.schedule=cosine") == (
             "optim.warmup_steps=200 exceeds train.steps=100; use optim.warmup_steps<=100"
         )
         assert refused("optim.warmup_steps=9", "optim.schedule=linear", "optim.decay_steps=8") == (
@@ -304,7 +310,10 @@ class TestServing:
         assert refused(f"serve.kv_memory={value}", command="serve").startswith("serve.kv_memory=")
 
     def test_adapters(self) -> None:
-        assert refused("adapters.a=none", command="serve") == "adapters.a=none is not a directory; give the one PEFT or training wrote"
+        assert (
+            refused("adapters.a=none", command="serve")
+            == "adapters.a=none is not a directory; give the one PEFT or training wrote"
+        )
         assert refused("adapters.=adapter", command="serve") == (
             "adapters.=adapter has no name; write adapters.<name>=adapter"
         )
@@ -321,7 +330,9 @@ class TestServing:
             "prompt and prompts: neither is set; set prompt=<text> or prompts=<file.jsonl>"
         )
         assert refused("prompt=x", "prompts=rows.jsonl", command="generate").startswith("prompt and prompts: both are")
-        assert refused("prompts=none.jsonl", command="generate") == "prompts=none.jsonl is not a file; give a JSONL file"
+        assert (
+            refused("prompts=none.jsonl", command="generate") == "prompts=none.jsonl is not a file; give a JSONL file"
+        )
         assert refused("prompt=x", "adapter=b", "adapters.a=adapter", command="generate") == (
             "adapter=b is not among the adapters (a); set adapters.b=<directory>"
         )
@@ -341,7 +352,9 @@ class TestAllAtOnce:
             "data.path=none",
             "tune=lora",
         ]
-        lines = refused(*argv, "tune.targets=[x_proj]", "optim.warmup_steps=101", ranks=3).split("\n")
+        lines = refused(
+            *argv, "tune.targets=[x_proj]", "optim.warmup_steps=101", "optim.schedule=linear", ranks=3
+        ).split("\n")
         beginnings = [
             "parallel.context=2 is not",
             "parallel.pipeline=40 * context=2 * tensor=10 = 800 ranks but the launch has 3, not",

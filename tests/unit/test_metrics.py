@@ -208,6 +208,8 @@ def test_wandb_itself_offline(
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
+    for library in ("openai", "anthropic", "litellm"):  # wandb advertises a product to who has imported one
+        monkeypatch.delitem(sys.modules, library, raising=False)
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
     ids: list[str | None] = [None]

@@ -177,7 +177,7 @@ def test_malformed_messages(messages: Any, message: str) -> None:
 
 def test_text_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "a"}, "b", {"type": "text", "text": "c"}]
-    assert "user\nabc<|im_end|>" in template_of(CHATML).render(
+    assert "user\na\nb\nc<|im_end|>" in template_of(CHATML).render(
         [{"role": "user", "content": parts}], generation_prompt=False
     )
 

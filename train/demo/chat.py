@@ -132,5 +132,10 @@ def side_by_side(asked: Round, *, done: bool) -> Table:
     for heading, answer in (("base model", asked.base), ("with the adapter", asked.tuned)):
         right = done and asked.question.is_answered_by(answer.text)
         table.add_column(heading, ratio=1, style="green" if right else "")
-    table.add_row(*(Text(" ".join(answer.text.split())) for answer in (asked.base, asked.tuned)))
+    table.add_row(Text(_one_line(asked.base.text)), Text(_one_line(asked.tuned.text)))
     return table
+
+
+def _one_line(text: str) -> str:
+    """Text without line ends, and without characters that a terminal would obey."""
+    return "".join(char if char.isprintable() else "\ufffd" for char in " ".join(text.split()))
