@@ -228,7 +228,9 @@ def test_bad_rows(refused: Refused, case: str) -> None:
 def test_long_rows_are_cut_and_reported_by_default(folder: Path) -> None:
     Path("rows.jsonl").write_text(f"{LINE}\n{LINE.replace('hi', 'hi' * 60)}\n{LINE.replace('assistant', 'user')}\n")
     rows = f"data.path={folder / 'rows.jsonl'}"
-    code, printed = train_on(1, ["model=tiny", rows, f"run_dir={folder / 'run'}", "train.steps=1", "data.max_length=80"])
+    code, printed = train_on(
+        1, ["model=tiny", rows, f"run_dir={folder / 'run'}", "train.steps=1", "data.max_length=80"]
+    )
     assert code == 0
     assert "2 of 3 rows" in printed
     assert "1 row cut to data.max_length=80" in printed

@@ -149,9 +149,9 @@ def test_a_chat_and_its_stream_say_the_same(tiny: Server) -> None:
         assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
         assert chunks[-1].usage == whole.usage
         assert whole.usage is not None
-        assert whole.usage.prompt_tokens == len("<|im_start|>user\nWhat is a rank?<|im_end|>\n<|im_start|>assistant\n") - 2 * (
-            len("<|im_start|>") - 1
-        ) - (len("<|im_end|>") - 1)
+        assert whole.usage.prompt_tokens == len(
+            "<|im_start|>user\nWhat is a rank?<|im_end|>\n<|im_start|>assistant\n"
+        ) - 2 * (len("<|im_start|>") - 1) - (len("<|im_end|>") - 1)
 
 
 def test_stop_strings_and_logprobs(tiny: Server) -> None:
@@ -170,11 +170,25 @@ def test_stop_strings_and_logprobs(tiny: Server) -> None:
     assert all(-10 < value < 0 for value in logprobs.token_logprobs)
 
 
-def test_64_requests_at_once_all_end_and_all_pages_come_back(tiny: Server, adapters: dict[str, Path]) -> None:
-    """Chats and completions, streamed or not, over base, LoRA and prefix; more than the cache holds."""
+@pytest.fixture
+def prefixed(tiny: Server, adapters: dict[str, Path]) -> Iterator[Server]:
+    """The same server with the prefix loaded over HTTP; without it every page must be free again."""
     body = {"lora_name": "prefix", "lora_path": str(adapters["prefix"])}
-    assert tiny.http.post("/v1/load_lora_adapter", json=body).status_code == 200
-    names = ["tiny", "lora", "prefix"]
+    loaded = tiny.http.post("/v1/load_lora_adapter", json=body)
+    assert (loaded.status_code, loaded.text) == (200, "Success: LoRA adapter 'prefix' added successfully.")
+    assert tiny.http.post("/v1/load_lora_adapter", json=body).status_code == 400
+    yield tiny
+    removed = tiny.http.post("/v1/unload_lora_adapter", json={"lora_name": "prefix"})
+    assert (removed.status_code, removed.text) == (200, "Success: LoRA adapter 'prefix' removed successfully.")
+    assert tiny.http.post("/v1/unload_lora_adapter", json={"lora_name": "prefix"}).status_code == 404
+    with pytest.raises(openai.NotFoundError):
+        greedy(tiny, "prefix", "gone", 1)
+    tiny.wait_idle()
+
+
+def test_64_requests_at_once_all_end_and_all_pages_come_back(prefixed: Server) -> None:
+    """Chats and completions, streamed or not, over base, LoRA and prefix; more than the cache holds."""
+    tiny, names = prefixed, ["tiny", "lora", "prefix"]
 
     def ask(number: int) -> str:
         prompt, max_tokens = f"{number}: " + "word " * (number * 7 % 20), 1 + number * 13 % 60
@@ -194,8 +208,6 @@ def test_64_requests_at_once_all_end_and_all_pages_come_back(tiny: Server, adapt
         together = list(answers)
     assert [ask(number) for number in (1, 2, 3, 36, 49)] == [together[number] for number in (1, 2, 3, 36, 49)]
     assert tiny.gauges()["kv_cache_usage_perc"] > 0  # the prefix itself
-    assert tiny.http.post("/v1/unload_lora_adapter", json={"lora_name": "prefix"}).status_code == 200
-    tiny.wait_idle()
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -269,23 +281,14 @@ def test_a_body_is_json_whatever_it_is_called(tiny: Server, kind: str | None) ->
     assert "isn't valid JSON" in refused.json()["error"]["message"]
 
 
-def test_adapters_come_and_go_while_the_server_runs(tiny: Server, adapters: dict[str, Path], tmp_path: Path) -> None:
-    base = greedy(tiny, "tiny", "What is a page?", 16)
-    body = {"lora_name": "prefix", "lora_path": str(adapters["prefix"])}
-    loaded = tiny.http.post("/v1/load_lora_adapter", json=body)
-    assert (loaded.status_code, loaded.text) == (200, "Success: LoRA adapter 'prefix' added successfully.")
-    cards = {card["id"]: card for card in tiny.http.get("/v1/models").json()["data"]}
+def test_adapters_come_and_go_while_the_server_runs(prefixed: Server) -> None:
+    cards = {card["id"]: card for card in prefixed.http.get("/v1/models").json()["data"]}
     assert list(cards) == ["tiny", "lora", "prefix"]
     assert [card["max_model_len"] for card in cards.values()] == [CONTEXT, CONTEXT, CONTEXT - PREFIX]
-    answers = [greedy(tiny, name, "What is a page?", 16) for name in cards]
-    assert answers[0] == base
+    with ThreadPoolExecutor(3) as pool:  # in one batch
+        answers = list(pool.map(lambda name: greedy(prefixed, name, "What is a page?", 16), cards))
+    assert answers == [greedy(prefixed, name, "What is a page?", 16) for name in cards]
     assert len(set(answers)) == 3
-    assert tiny.http.post("/v1/load_lora_adapter", json=body).status_code == 400
-    assert tiny.http.post("/v1/unload_lora_adapter", json={"lora_name": "prefix"}).status_code == 200
-    assert tiny.http.post("/v1/unload_lora_adapter", json={"lora_name": "prefix"}).status_code == 404
-    with pytest.raises(openai.NotFoundError):
-        greedy(tiny, "prefix", "gone", 1)
-    tiny.wait_idle()
 
 
 def test_a_bad_adapter_is_refused_and_the_server_lives_on(

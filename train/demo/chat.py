@@ -131,7 +131,7 @@ def side_by_side(asked: Round, *, done: bool) -> Table:
     table = Table(box=box.ROUNDED, expand=True)
     for heading, answer in (("base model", asked.base), ("with the adapter", asked.tuned)):
         right = done and asked.question.is_answered_by(answer.text)
-        table.add_column(heading, ratio=1, style="green" if right else "")
+        table.add_column(heading, ratio=1, overflow="fold", style="green" if right else "")
     table.add_row(Text(_one_line(asked.base.text)), Text(_one_line(asked.tuned.text)))
     return table
 
