@@ -250,7 +250,7 @@ def test_a_conversation_with_parts_names_and_leftovers_of_earlier_answers(http, 
     ]
     assert http.post(CHAT, json={"messages": messages}).status_code == 200
     plain = [
-        {"role": "system", "content": "be brief"},
+        {"role": "system", "content": "be \nbrief"},
         {"role": "user", "content": "first"},
         {"role": "assistant", "content": "answer"},
         {"role": "user", "content": "say x"},

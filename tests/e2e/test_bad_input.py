@@ -62,6 +62,7 @@ class Refused:
         """The message: all that was printed, on stderr, with exit code 2."""
         self._monkeypatch.setenv("WORLD_SIZE", str(ranks))
         self._monkeypatch.setenv("RANK", "0")
+        self._monkeypatch.setenv("LOCAL_RANK", "0")
         self._capsys.readouterr()
         code = COMMANDS[command](arguments)
         printed = self._capsys.readouterr()
@@ -165,14 +166,18 @@ def test_everything_that_is_wrong_is_told_at_once(refused: Refused) -> None:
     assert [text in line for text, line in zip(unreadable.values(), lines, strict=True)] == [True] * 3
 
 
-def test_the_other_ranks_are_silent(
+def test_one_rank_of_a_host_tells_it(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("RANK", "1")
-    for command, main in COMMANDS.items():
-        assert main(["parallel.tensor=2", "model=tiny"]) == 2, command
-    assert capsys.readouterr() == ("", "")
+    for rank, local_rank in ((1, 1), (2, 0)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        for command, main in COMMANDS.items():
+            assert main(["optim.lrr=1", "model=tiny"]) == 2, command
+            printed = capsys.readouterr()
+            assert printed.out == ""
+            assert printed.err.startswith("[rank 2 on ") if rank == 2 else printed.err == ""
 
 
 LINE = json.dumps(CHAT)
@@ -435,7 +440,7 @@ DAMAGED_ADAPTERS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "scalar": (
         with_tensors(lambda tensors: tensors.update({f"{FIRST}.lora_A.weight": torch.tensor(1.0)})),
-        f"{{a}}/adapter_model.safetensors: {FIRST}.lora_A.weight has shape [] where the base model needs [0, 72]; "
+        f"{{a}}/adapter_model.safetensors: {FIRST}.lora_A.weight has shape [] where the base model needs [1, 72]; "
         f"{OTHER_MODEL}",
     ),
     "truncated": (
@@ -489,7 +494,7 @@ def test_a_run_does_not_go_on_with_another_base_or_other_options(refused: Refuse
     goes_on = (*TRAIN[:1], f"data.path={trained / 'chats.jsonl'}", f"run_dir={trained / 'run-lora'}", "tune=lora")
     message = refused("train", *goes_on, "train.steps=2", "optim.lr=1", "model.seed=1")
     assert message.splitlines()[1:-1] == ["  model.seed: was 0, now 1", "  optim.lr: was 0.0001, now 1.0"]
-    assert "may change; set them back, use another run_dir, or train.resume=never" in message
+    assert "may change; set the others back, use another run_dir, or train.resume=never" in message
     message = refused("train", *TRAIN, "train.resume=chats")
     assert message == "train.resume=chats is not auto, never or a checkpoint's directory"
 
