@@ -134,7 +134,7 @@ class ChatTemplate:
 
 
 def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """`messages` as plain dicts: roles known, content a string (text parts in a list are joined by line breaks, as vLLM does).
+    """`messages` as plain dicts: roles known, content a string (text parts are joined by line breaks, as in vLLM).
 
     An assistant message may have content None beside `tool_calls`; it becomes an empty string.
 
