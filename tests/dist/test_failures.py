@@ -113,7 +113,7 @@ def test_a_signal_to_any_rank_saves_and_the_same_command_goes_on(
     stopped = len(metrics(tmp_path / "run"))
     assert 3 <= stopped < STEPS
     assert os.readlink(tmp_path / "run/checkpoints/latest") == f"step-{stopped}"
-    assert f"step {stopped}: asked to stop; start the same command again to go on from here" in results[0][1]
+    assert f"step {stopped}: asked to stop; the same command with train.resume=auto goes on from here" in results[0][1]
 
     code, printed = on_ranks(2, _run_and_signal, options, tmp_path, None, 0)[0]
     assert code == 0

@@ -107,7 +107,8 @@ def serve(arguments: Sequence[str], config: Config, questions: Sequence[Question
     with serving(command, Path(config.run_dir, "serve.log"), RANKS, url):
         console.print(f"ready after {time.monotonic() - begin:.0f} s at {url}")
         console.print(
-            f"\n3. {len(questions)} questions that no training row holds, to both models, all at once", style="bold"
+            f"\n3. {len(questions)} questions, worded unlike any training row, to both models and all at once",
+            style="bold",
         )
         begin = time.monotonic()
         rounds = ask_both(url, questions, console)
