@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -109,11 +110,20 @@ def device(launch: Launch) -> torch.device:
     return torch.device("cpu")
 
 
+TELL_S = 15.0
+"""Seconds that the ranks with nothing to say leave to the one that has; it usually ends them far sooner."""
+
+
 def tell(launch: Launch, error: Exception) -> None:
-    """Prints a user's mistake once a host: rank 0 as it is, the first rank of another host with its name."""
+    """Prints a user's mistake once a host: rank 0 as it is, the first rank of another host with its name.
+
+    The other ranks wait: a launcher ends all ranks when one has failed, and the message must be out before that.
+    """
     if launch.local_rank == 0:
         where = "" if launch.rank == 0 else f"[rank {launch.rank} on {socket.gethostname()}] "
         print(f"{where}{error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(TELL_S)
 
 
 def stop() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from conf.schema import ModelConf
+from conf.schema import DataConf, ModelConf
 from parallel.comm import Launch
 from parallel.model.source import open_source
 from parallel.model.tokenizer_bytes import byte_tokenizer
@@ -23,6 +24,7 @@ from serve.scheduler import Chunk
 from serve.start import build_engine
 from tests.commands import train, write_chats
 from tests.serving import Serving, serve
+from train.data import Dataset
 
 NEW_TOKENS = 12
 PROMPTS = [[int(c) for c in text.encode()] for text in ("What is a mesh?", "x", "A page goes with a slot. " * 3)]
@@ -140,9 +142,27 @@ def test_an_adapter_trained_here_opens_in_peft(base: Path, tmp_path: Path, name:
     data = write_chats(tmp_path / "chats.jsonl")
     options = [
         f"model.path={base}", "model=hf", "model.dtype=float32", f"data.path={data}", "data.max_length=200",
+        f"data.evaluate_path={data}",
         f"run_dir={tmp_path / 'run'}", "train.steps=3", "optim.lr=0.02", "parallel.tensor=2", "parallel.pipeline=2",
         *TRAINED[name],
     ]  # fmt: skip
     code, printed = train(4, options)
     assert code == 0, printed
-    compare(base, tmp_path / "run" / "checkpoints" / "latest", tensor=1)
+    adapter = tmp_path / "run" / "checkpoints" / "latest"
+    compare(base, adapter, tensor=1)
+    (evaluated,) = (tmp_path / "run" / "eval.jsonl").read_text().splitlines()
+    assert json.loads(evaluated)["eval_loss"] == pytest.approx(loss_in_peft(base, adapter, data), abs=1e-5)
+
+
+def loss_in_peft(base: Path, adapter: Path, data: Path) -> float:
+    """Mean loss over the targets of the rows."""
+    oracle = PeftModel.from_pretrained(theirs(base), adapter).eval()
+    rows, _ = Dataset.load(str(data), byte_tokenizer(), DataConf(max_length=200))
+    total = 0.0
+    for row in rows:
+        ids = torch.from_numpy(row.ids).long()
+        with torch.no_grad():
+            logits = oracle(input_ids=ids[None]).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+        total += float(losses[torch.tensor(row.targets[1:].tolist())].sum())
+    return total / rows.num_targets

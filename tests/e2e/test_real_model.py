@@ -45,9 +45,10 @@ TEXTS = [
 
 @dataclass(frozen=True)
 class Oracle:
-    """What transformers answers, and how far the runner-up was behind, per prompt."""
+    """What transformers answers, how probable it was, and how far the runner-up was behind, per prompt."""
 
     tokens: Mapping[str, list[int]]
+    logprobs: Mapping[str, list[float]]
     gaps: Mapping[str, float]
 
 
@@ -56,7 +57,7 @@ def requests(source: Source) -> list[Request]:
     tokenizer = source.tokenizer()
     prompts = [tokenizer.chat([{"role": "user", "content": text}]) for text in CHATS]
     prompts += [tokenizer.encode(text) for text in TEXTS]
-    sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, logprobs=0)
     return [Request(id=str(i), prompt=tuple(prompt), sampling=sampling) for i, prompt in enumerate(prompts)]
 
 
@@ -80,7 +81,7 @@ def oracle(source: Source) -> Oracle:
     model.tie_weights()
     assert model.generation_config is not None
     model.generation_config.eos_token_id = None
-    tokens, gaps = {}, {}
+    tokens, logprobs, gaps = {}, {}, {}
     for request in requests(source):
         ids = torch.tensor([request.prompt])
         out = model.generate(
@@ -88,9 +89,11 @@ def oracle(source: Source) -> Oracle:
             return_dict_in_generate=True, output_logits=True,
         )  # pyright: ignore  # fmt: skip
         tokens[request.id] = out.sequences[0, ids.shape[1] :].tolist()
-        best = torch.stack(out.logits)[:, 0].topk(2).values
+        logits = torch.stack(out.logits)[:, 0]
+        logprobs[request.id] = logits.log_softmax(-1).amax(-1).tolist()
+        best = logits.topk(2).values
         gaps[request.id] = float((best[:, 0] - best[:, 1]).min())
-    return Oracle(tokens, gaps)
+    return Oracle(tokens, logprobs, gaps)
 
 
 def test_the_prompts_have_no_near_ties_and_different_answers(oracle: Oracle) -> None:
@@ -107,3 +110,5 @@ def test_the_prompts_have_no_near_ties_and_different_answers(oracle: Oracle) -> 
 def test_greedy_tokens_are_those_of_transformers(source: Source, oracle: Oracle, serving: Serving) -> None:
     served = serve(serving, [requests(source)])
     assert served.tokens == oracle.tokens
+    for id, expected in oracle.logprobs.items():
+        assert served.logprobs[id] == pytest.approx(expected, abs=2e-4), id

@@ -25,8 +25,8 @@ from tests.commands import train, write_chats
 from tests.processes import Command, children, is_alive, running
 from tests.serving import Serving, serve
 
-TINY = ["serve", "model=tiny", "port=0", "serve.kv_memory=1MB", "serve.max_length=512"]
-CONTEXT = 512
+TINY = ["serve", "model=tiny", "port=0", "serve.kv_memory=1MB", "serve.max_length=1000"]
+CONTEXT = 1000
 PREFIX = 7
 
 
@@ -212,8 +212,10 @@ def test_64_requests_at_once_all_end_and_all_pages_come_back(prefixed: Server) -
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_pages(tiny: Server, stream: bool) -> None:
-    before = tiny.aborted()
-    body = {"model": "tiny", "prompt": "x" * 100, "max_tokens": 400, "ignore_eos": True, "stream": stream}
+    before, begun = tiny.aborted(), time.monotonic()
+    greedy(tiny, "tiny", "x" * 100, 800)
+    whole_s = time.monotonic() - begun
+    body = {"model": "tiny", "prompt": "x" * 100, "max_tokens": 800, "ignore_eos": True, "stream": stream}
     payload = json.dumps(body).encode()
     address = (tiny.http.base_url.host, tiny.http.base_url.port or 0)
     with socket.create_connection(address) as connection:
@@ -223,7 +225,9 @@ def test_a_client_that_leaves_frees_its_pages(tiny: Server, stream: bool) -> Non
         while not tiny.gauges()["kv_cache_usage_perc"]:
             assert time.monotonic() < deadline
         assert tiny.gauges()["num_requests_running"] == 1
+    left = time.monotonic()
     tiny.wait_idle()
+    assert time.monotonic() - left < 0.5 * whole_s
     assert tiny.aborted() == before + 1
 
 
@@ -232,11 +236,11 @@ BAD = {
     "unknown model": (b'{"model": "gpt-5", "prompt": "x"}', 404, "model", "model=gpt-5 is not served here; there is tiny, lora"),
     "negative limit": (b'{"prompt": "x", "max_tokens": -5}', 400, "max_tokens", "max_tokens=-5 must be at least 1"),
     "long prompt": (
-        json.dumps({"prompt": "x" * 512}).encode(), 400, "prompt",
-        "the prompt has 512 tokens, but the model's context holds 512",
+        json.dumps({"prompt": "x" * CONTEXT}).encode(), 400, "prompt",
+        f"the prompt has {CONTEXT} tokens, but the model's context holds {CONTEXT}",
     ),
     "long answer": (
-        json.dumps({"prompt": "x" * 500, "max_tokens": 13}).encode(), 400, "max_tokens", "exceed the model's context of 512",
+        json.dumps({"prompt": "x" * (CONTEXT - 12), "max_tokens": 13}).encode(), 400, "max_tokens", f"exceed the model's context of {CONTEXT}",
     ),
 }  # fmt: skip
 
@@ -259,7 +263,7 @@ def test_openais_client_raises_its_own_errors(tiny: Server) -> None:
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError, match="max_tokens=-1 must be at least 1"):
         tiny.client.chat.completions.create(model="tiny", messages=user("hi"), max_tokens=-1)
-    with pytest.raises(openai.BadRequestError, match="context holds 512"):
+    with pytest.raises(openai.BadRequestError, match=f"context holds {CONTEXT}"):
         tiny.client.chat.completions.create(model="tiny", messages=user("hi" * 2000))
 
 
@@ -340,7 +344,7 @@ def wait_gone(pids: list[int]) -> None:
 def test_sigterm_lets_the_answer_finish_and_exits_0(tmp_path: Path) -> None:
     with server(tmp_path, *TINY) as short:
         stream = short.client.completions.create(
-            model="tiny", prompt="go on", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+            model="tiny", prompt="go on", max_tokens=800, stream=True, extra_body={"ignore_eos": True}
         )
         chunks = [next(stream)]
         asked = time.monotonic()
