@@ -8,6 +8,7 @@ how many bytes.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -20,6 +21,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # imported after `start`, its default arguments would keep the group for ever
 from torch import Tensor
 
 
@@ -127,8 +129,14 @@ def tell(launch: Launch, error: Exception) -> None:
 
 
 def stop() -> None:
-    """Leaves the process group, if one was joined."""
+    """Leaves the process group, if one was joined; call it when no mesh or engine is referred to any more.
+
+    The group's threads end with the last reference to it. One that still runs when Python shuts down can abort the
+    process: it lets go of a collective's tensors a moment after the collective is complete, and needs Python's lock
+    for that. Nothing may therefore keep a group in a global, a signal handler or a parameter's hook.
+    """
     if dist.is_initialized():
+        gc.collect()  # modules and autograd contexts refer to groups in cycles
         dist.destroy_process_group()
 
 

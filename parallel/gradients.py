@@ -17,7 +17,8 @@ tied embeddings (first and last stage), parameters replicated over pipeline stag
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -72,7 +73,7 @@ class Gradients:
 
     def _add_bucket(self, group: Group, members: list[Placed]) -> None:
         flat = torch.zeros(sum(p.numel() for _, p in members), dtype=members[0][1].dtype, device=members[0][1].device)
-        bucket = _Bucket(flat, group, len(members))
+        arrived = _hook(weakref.ref(self), len(self._buckets))
         at = 0
         for spec, parameter in members:
             # the fused optimizer walks parameter and gradient in memory order
@@ -80,8 +81,8 @@ class Gradients:
             parameter.grad = flat[at : at + parameter.numel()].view_as(parameter)
             at += parameter.numel()
             if self.overlapped:
-                parameter.register_post_accumulate_grad_hook(lambda _, b=bucket: self._arrived(b))
-        self._buckets.append(bucket)
+                parameter.register_post_accumulate_grad_hook(arrived)
+        self._buckets.append(_Bucket(flat, group, len(members)))
 
     def zero(self) -> None:
         """Clears all gradients and readiness; call before a step's first backward."""
@@ -94,10 +95,11 @@ class Gradients:
         """From now on a gradient that is accumulated is final: sums may start."""
         self._last = True
 
-    def _arrived(self, bucket: _Bucket) -> None:
+    def arrived(self, index: int) -> None:
+        """Counts a gradient of bucket `index`, final on the last microbatch; starts the sums that are due."""
         if not self._last:
             return
-        bucket.ready += 1
+        self._buckets[index].ready += 1
         while self._started < len(self._buckets):
             first = self._buckets[self._started]
             if first.ready < first.size:
@@ -164,6 +166,17 @@ class Gradients:
         """Multiplies every gradient."""
         for bucket in self._buckets:
             bucket.flat.mul_(factor)
+
+
+def _hook(gradients: weakref.ref[Gradients], index: int) -> Callable[[Tensor], None]:
+    # a parameter's hooks are out of sight of Python's collector: a strong reference would keep the process groups
+    # beyond `comm.stop`
+    def arrived(_: Tensor) -> None:
+        owner = gradients()
+        if owner is not None:
+            owner.arrived(index)
+
+    return arrived
 
 
 def _runs(members: list[Placed]) -> list[list[Placed]]:

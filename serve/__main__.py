@@ -45,13 +45,7 @@ def main(arguments: Sequence[str]) -> int:
             handle = api.start(host=config.host, port=config.port, tokenizer=tokenizer, api_key=config.serve.api_key)
             print(load.short(config), flush=True)
         comm.start(launch, timeout_s=SILENCE_S)
-        stop = StopRequest()  # not before: a rank that waits for one that never comes must die of the signal
-        engine = build_engine(config, source, launch)
-        front = None if handle is None else ApiFront(handle, stop)
-        if handle is not None:
-            _announce(config, source, engine, handle)
-        stop.is_running = True
-        engine.run(front)
+        run(config, source, launch, handle)
         code, reason = 0, "the server was asked to stop"
     except ConfigError as error:
         comm.tell(launch, error)
@@ -64,6 +58,17 @@ def main(arguments: Sequence[str]) -> int:
             handle.stop(reason)
         comm.stop()
     return code
+
+
+def run(config: Config, source: Source, launch: Launch, handle: ApiHandle | None) -> None:
+    """Builds the engine and serves until told to stop."""
+    stop = StopRequest()  # not before the ranks met: one that waits for another for ever must die of the signal
+    engine = build_engine(config, source, launch)
+    front = None if handle is None else ApiFront(handle, stop)
+    if handle is not None:
+        _announce(config, source, engine, handle)
+    stop.is_running = True
+    engine.run(front)
 
 
 class StopRequest:

@@ -36,9 +36,8 @@ def main(arguments: Sequence[str]) -> int:
         tokenizer = source.tokenizer()
         requests = read_requests(config, tokenizer)
         comm.start(launch)
-        engine = build_engine(config, source, launch)
         front = ListFront(requests, config, tokenizer) if launch.rank == 0 else None
-        engine.run(front)
+        build_engine(config, source, launch).run(front)
         return 0 if front is None else front.finish()
     except (ConfigError, RequestError) as error:
         comm.tell(launch, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -54,8 +55,12 @@ def train(ranks: int, arguments: Sequence[str]) -> tuple[int, str]:
 
 def train_rank(launch: Launch, arguments: list[str]) -> tuple[int, str]:
     """One rank's part."""
-    from train.__main__ import main
+    return run_rank(launch, "train.__main__", arguments)
 
+
+def run_rank(launch: Launch, module: str, arguments: list[str]) -> tuple[int, str]:
+    """The exit code of `module`'s main on this rank, and what it printed."""
+    main = importlib.import_module(module).main
     os.environ |= {
         "RANK": str(launch.rank),
         "WORLD_SIZE": str(launch.world_size),

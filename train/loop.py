@@ -16,7 +16,7 @@ import torch
 
 from conf.schema import Config
 from parallel import checkpoint, comm
-from parallel.mesh import Mesh
+from parallel.comm import Group
 from parallel.model.source import Source
 from train import curve, saving
 from train.batches import StepOrder
@@ -31,18 +31,18 @@ STOPPED = 75
 class StopRequest:
     """Remembers SIGTERM and SIGUSR1; the loop asks between steps whether any rank got one."""
 
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh, self._asked = mesh, False
+    def __init__(self) -> None:
+        self._asked = False
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
 
-    def asked(self) -> bool:
+    def asked(self, world: Group) -> bool:
         """Whether any rank was asked to stop; collective (one integer, max over all ranks)."""
         flag = torch.tensor([int(self._asked)])
-        return bool(comm.all_reduce(flag, self._mesh.world, "max").item())
+        return bool(comm.all_reduce(flag, world, "max").item())
 
 
 class Recorder:
@@ -97,15 +97,15 @@ class Recorder:
 
 def train(config: Config, trainer: Trainer, source: Source, data: TrainingData, resume: saving.Resume | None) -> int:
     """Runs to `train.steps` or until asked to stop; returns the exit code (0 or 75)."""
-    mesh = trainer.mesh
-    stop = StopRequest(mesh)
-    recorder = Recorder(config, resume, mesh.world.rank == 0)
+    writes = trainer.mesh.world.is_first
+    stop = StopRequest()
+    recorder = Recorder(config, resume, writes)
     code = 1
     try:
         code = _steps(config, trainer, source, data, resume, stop, recorder)
     finally:
         recorder.close(code)
-    if mesh.world.rank == 0:
+    if writes:
         _draw(recorder.run_dir)
     return code
 
@@ -128,7 +128,7 @@ def _steps(
         record = _one_step(trainer, step, data, order)
         recorder.step(record)
         last = step == config.train.steps
-        stopping = not last and stop.asked()
+        stopping = not last and stop.asked(trainer.mesh.world)
         if last or stopping or _due(step, config.train.save_every):
             directory = saving.save(trainer, source, data.train.fingerprint, step, recorder.run_id)
             recorder.note(f"step {step}: saved {directory}")

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from parallel.comm import Launch
-from tests.commands import losses, metrics, train_rank, write_chats
+from tests.commands import losses, metrics, run_rank, train_rank, write_chats
 from tests.processes import Command, is_alive, running
 from tests.ranks import on_ranks
 
@@ -64,6 +64,25 @@ def test_all_ranks_end_when_one_is_killed(tmp_path: Path, ranks: int, layout: li
         lines = [line for line in command.text.splitlines() if line.startswith("train: [rank ")]
         assert any(f"failed: lost rank {victim}" in line for line in lines), command.text
         assert command.text.count("Traceback (most") == 1, command.text  # torchrun's own
+
+
+def _threads_left(launch: Launch, module: str, options: list[str]) -> list[str]:
+    """Names of gloo's threads after a command that ended well."""
+    code, printed = run_rank(launch, module, options)
+    assert code == 0, printed
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    return [name for name in names if "gloo" in name]
+
+
+@pytest.mark.parametrize("axis", ["data", "pipeline", "tensor"])
+def test_no_thread_of_the_group_outlives_training(tmp_path: Path, axis: str) -> None:
+    # one that does may abort the process while Python shuts down
+    options = arguments(tmp_path, "train.steps=2", f"parallel.{axis}=2")
+    assert on_ranks(2, _threads_left, "train.__main__", options) == [[], []]
+
+
+def test_no_thread_of_the_group_outlives_serving() -> None:
+    assert on_ranks(2, _threads_left, "serve.generate", ["model=tiny", "prompt=hello", "max_tokens=4"]) == [[], []]
 
 
 @pytest.fixture(scope="module")
