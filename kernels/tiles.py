@@ -2,8 +2,8 @@
 
 A tile is a gathered copy of keys and the queries that meet them, all over one number of keys, the *extent*:
 
-    position   0 .. 255   256 .. 511   512 .. 1023   1024 .. 1535   ...
-    extent          256          512          1024           1536   ...
+    position   0 .. 127   128 .. 255   ...   896 .. 1023   1024 .. 1535   1536 .. 2047   ...
+    extent          128          256   ...          1024           1536           2048   ...
 
 Decoding requests (one query) of one extent share tiles; a longer chunk is cut where the extent changes. The
 prefix segment comes before position 0 of the request and counts as positions.
@@ -18,19 +18,21 @@ from torch import Tensor
 
 from kernels.paged import PagedLayout
 
-_FIRST_EXTENT = 256
-_BLOCK = 512
-_TILE_SLOTS = 2048
-"""Keys gathered at once for decoding requests: 1.5 MB of float32 keys with three kv heads of 64."""
+_FINE, _COARSE = 128, 512
+"""Extents are multiples of these, below and from `_FINE_END` on: few masked keys first, few pieces of a chunk later."""
+_FINE_END = 1024
+_TILE_SLOTS = 4096
+"""Keys gathered at once for decoding requests: 3 MB of float32 keys with three kv heads of 64."""
 
 
 def key_extent(position: int) -> int:
-    """Keys that the query at this position meets: 256 for the first 256 positions, then blocks of 512.
+    """Keys that the query at this position meets: the next multiple of 128, from position 1024 on of 512.
 
     Keys past the position are masked out. The extent must follow from the position alone: it is the inner
     dimension of a matrix product, and libraries sum over 256 and over 512 terms in different orders.
     """
-    return _FIRST_EXTENT if position < _FIRST_EXTENT else (position // _BLOCK + 1) * _BLOCK
+    block = _FINE if position < _FINE_END else _COARSE
+    return (position // block + 1) * block
 
 
 @dataclass(frozen=True, kw_only=True)

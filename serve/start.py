@@ -9,6 +9,7 @@ import torch
 
 from conf.schema import Config, ConfigError, ServeConf, memory_bytes
 from kernels import dispatch
+from kernels.memory import keep_freed_memory
 from parallel import comm
 from parallel.adapters import peft
 from parallel.comm import Launch
@@ -74,6 +75,7 @@ def build_engine(config: Config, source: Source, launch: Launch, *, max_chunk: i
         raise ConfigError(
             f"serve.kv_memory={config.serve.kv_memory} holds {longest} tokens beside the adapters' prefixes; raise it"
         )
+    keep_freed_memory()
     return Engine(runner, Scheduler(limits, pool, eos_ids), Sampler(eos_ids), pool, longest)
 
 
