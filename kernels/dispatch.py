@@ -1,10 +1,11 @@
 """Chooses the backend once; everything else receives it as an `Ops` argument."""
 
 import functools
+from dataclasses import replace
 
 import torch
 
-from kernels import invariance, reference, tiles, torch_ops
+from kernels import cpu_ops, invariance, reference, tiles, torch_ops
 from kernels.ops import Ops
 from kernels.paged import PagedLayout
 
@@ -48,12 +49,27 @@ def torch_cpu(rule: invariance.RowRule) -> Ops:
     )
 
 
+def cpu(isa: str, linears: Ops) -> Ops:
+    """The C++ backend with another one's linears."""
+    return replace(
+        linears,
+        name=f"{isa} attention, norms and gates; {linears.name}",
+        rms_norm=cpu_ops.rms_norm,
+        rotary=cpu_ops.rotary,
+        silu_gate=cpu_ops.silu_gate,
+        paged_layout=cpu_ops.paged_layout,
+        attention_paged=cpu_ops.attention_paged,
+    )
+
+
 def select(device: torch.device, dtype: torch.dtype) -> Ops:
     """The backend for this device and compute dtype.
 
-    CPU in float32, bfloat16 or float16: the torch CPU backend with the row rule measured here (some
-    milliseconds). Everything else, float64 proofs among it: the reference.
+    CPU in float32 or bfloat16: the C++ kernels, if they were built, with torch's linears and the row rule measured
+    here (some milliseconds); in float16 the torch CPU backend. Everything else, float64 proofs among it: the reference.
     """
-    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16):
-        return torch_cpu(invariance.measure_row_rule(dtype))
-    return REFERENCE
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return REFERENCE
+    ops = torch_cpu(invariance.measure_row_rule(dtype))
+    isa = cpu_ops.load() if dtype != torch.float16 else None
+    return ops if isa is None else cpu(isa, ops)

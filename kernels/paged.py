@@ -86,6 +86,14 @@ class PagedLayout:
         """T, the query rows of all chunks."""
         return self.query_starts[-1]
 
+    def check(self, q_TNH: Tensor, cache_PSKH: Tensor) -> None:
+        """Raises ValueError unless the queries and the cache are those of this layout."""
+        if self.num_queries != q_TNH.shape[0] or self.page_size != cache_PSKH.shape[1]:
+            raise ValueError(
+                f"layout has {self.num_queries} queries in pages of {self.page_size}, "
+                f"q {tuple(q_TNH.shape)} and cache {tuple(cache_PSKH.shape)} differ"
+            )
+
     def end(self, chunk: int) -> int:
         """Keys of a chunk, its prefix included."""
         return self.prefix_lengths[chunk] + self.kv_lengths[chunk]

@@ -48,7 +48,7 @@ def rms_norm(x_TD: Tensor, w_D: Tensor, eps: float) -> Tensor:
     """`reference.rms_norm`, bit for bit, with a lean backward."""
     if not torch.is_grad_enabled():
         return reference.rms_norm(x_TD, w_D, eps)
-    return autograd.RmsNorm.apply(x_TD, w_D, eps)
+    return autograd.RmsNorm.apply(x_TD, w_D, eps, reference.rms_norm)
 
 
 def silu_gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def silu_gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
         raise ValueError(f"silu_gate: gate {tuple(gate_TF.shape)} and up {tuple(up_TF.shape)} must have one shape")
     if not torch.is_grad_enabled():
         return autograd.silu_gate(gate_TF, up_TF)
-    return autograd.SiluGate.apply(gate_TF, up_TF)
+    return autograd.SiluGate.apply(gate_TF, up_TF, autograd.silu_gate)
 
 
 def attention_varlen(
@@ -119,11 +119,7 @@ def attention_paged(
     reference.check_attention(q_TNH, key_cache_PSKH, value_cache_PSKH)
     if not isinstance(layout, TiledLayout):
         raise ValueError(f"layout must come from this backend's paged_layout, got {type(layout).__name__}")
-    if layout.num_queries != q_TNH.shape[0] or layout.page_size != key_cache_PSKH.shape[1]:
-        raise ValueError(
-            f"layout has {layout.num_queries} queries in pages of {layout.page_size}, "
-            f"q {tuple(q_TNH.shape)} and cache {tuple(key_cache_PSKH.shape)} differ"
-        )
+    layout.check(q_TNH, key_cache_PSKH)
     heads = reference.check_kv_index(q_TNH.shape[1], key_cache_PSKH.shape[2], kv_index)
     out_TNH = torch.empty_like(q_TNH)
     lse_TN = q_TNH.new_empty(q_TNH.shape[:2], dtype=torch.float32)

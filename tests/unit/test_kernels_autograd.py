@@ -7,6 +7,7 @@ import torch
 
 from kernels import autograd, reference, torch_ops
 from kernels.dispatch import REFERENCE, select
+from tests.backends import BACKENDS, backend
 
 CPU = torch.device("cpu")
 
@@ -55,11 +56,18 @@ def test_gradcheck_of_prefix_merged_with_documents(kv_index):
     assert torch.autograd.gradcheck(merged, inputs)
 
 
-def test_gradcheck_of_norm_and_gate():
+def test_gradcheck_of_norm_gate_and_rotary():
     assert torch.autograd.gradcheck(
-        lambda x, w: autograd.RmsNorm.apply(x, w, 1e-5), leaves((5, 6), (6,)), nondet_tol=0.0
+        lambda x, w: autograd.RmsNorm.apply(x, w, 1e-5, reference.rms_norm), leaves((5, 6), (6,)), nondet_tol=0.0
     )
-    assert torch.autograd.gradcheck(autograd.SiluGate.apply, leaves((5, 6), (5, 6)))
+    assert torch.autograd.gradcheck(
+        lambda gate, up: autograd.SiluGate.apply(gate, up, autograd.silu_gate), leaves((5, 6), (5, 6))
+    )
+    half = draw(5, 3, seed=2)
+    angle = torch.cat((half, half), -1)
+    assert torch.autograd.gradcheck(
+        lambda x: autograd.Rotary.apply(x, angle.cos(), angle.sin(), reference.rotary), leaves((5, 2, 6))
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -150,25 +158,30 @@ def test_linear_builds_a_graph_only_for_what_is_trained():
     assert torch.equal(bias.grad, torch.full((4,), 3.0))
 
 
+@pytest.mark.parametrize("kernels", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norm_and_gate_agree_with_the_reference(dtype):
-    ops = select(CPU, dtype)
+def test_norm_gate_and_rotary_agree_with_the_reference(dtype, kernels):
+    ops = backend(kernels, dtype)
+    half = draw(33, 10, seed=3, dtype=torch.float32)
+    angle = torch.cat((half, half), -1)
     cases = {
         "rms_norm": (leaves((33, 40), (40,), dtype=dtype), (1e-5,)),
         "silu_gate": (leaves((33, 40), (33, 40), dtype=dtype), ()),
+        "rotary": (leaves((33, 2, 20), dtype=dtype), (angle.cos(), angle.sin())),
     }
     for name, (inputs, rest) in cases.items():
-        outs = [getattr(backend, name)(*inputs, *rest) for backend in (ops, REFERENCE)]
-        weight = draw(33, 40, seed=9, dtype=dtype)
+        outs = [getattr(ops, name)(*inputs, *rest) for ops in (ops, REFERENCE)]
+        weight = draw(*outs[0].shape, seed=9, dtype=dtype)
         grads = [torch.autograd.grad((out * weight).sum(), inputs) for out in outs]
         for got, expected in itertools.chain([outs], zip(*grads, strict=True)):
             assert got.dtype == dtype
-            assert relative(got, expected) < 4 * torch.finfo(dtype).eps
+            assert relative(got, expected) < 4 * torch.finfo(dtype).eps, name
 
 
 def test_float64_uses_the_reference():
     assert select(CPU, torch.float64) is REFERENCE
-    assert select(CPU, torch.bfloat16).name.startswith("torch-cpu (")
+    assert select(CPU, torch.float16).name.startswith("torch-cpu (")
+    assert "torch-cpu (" in select(CPU, torch.bfloat16).name
 
 
 def test_linear_names_what_does_not_fit():

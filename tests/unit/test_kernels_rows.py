@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from kernels import reference
-from kernels.dispatch import REFERENCE, select
+from kernels.dispatch import REFERENCE
 from kernels.invariance import cancelling_factors, check_row_invariance
+from tests.backends import BACKENDS, backend
 
-CPU = torch.device("cpu")
 ROWS = (1, 2, 3, 5, 9, 16, 33, 127, 512)
 SMOLLM2 = [(576, 576), (192, 576), (1536, 576), (576, 1536)]
 HALVES_AND_THIRDS = [(320, 576), (64, 576), (768, 576), (576, 768), (576, 512)]
@@ -54,7 +54,7 @@ def on_one_thread(compute):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n", "k"), SMOLLM2 + HALVES_AND_THIRDS + ODD)
 def test_linear_rows_do_not_depend_on_their_number_or_place(dtype, n, k, threads):
-    ops = select(CPU, dtype)
+    ops = backend("torch", dtype)
     x, w = cancelling_factors(n, k, 530, dtype)
     bias = draw(n, seed=2, dtype=dtype) * 1e-6
     for b, counts in ((None, ROWS), (bias, (1, 2, 17))):
@@ -67,7 +67,7 @@ def test_linear_rows_do_not_depend_on_their_number_or_place(dtype, n, k, threads
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_head_rows(dtype, threads):
-    ops = select(CPU, dtype)
+    ops = backend("torch", dtype)
     x, w = draw(64, 576, dtype=dtype), draw(24576, 576, seed=1, dtype=dtype)
     expected = on_one_thread(lambda: ops.linear(x, w))
     for rows in (1, 2, 5, 16, 33):
@@ -78,7 +78,7 @@ def test_head_rows(dtype, threads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unaligned_rows_and_weights(dtype):
     """Weights mapped from a file start at any address."""
-    ops = select(CPU, dtype)
+    ops = backend("torch", dtype)
     x, w = draw(40, 96, dtype=dtype), draw(48, 96, seed=1, dtype=dtype)
     shifted = [torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape) for t in (x, w)]
     assert all(t.data_ptr() % 64 for t in shifted)
@@ -87,11 +87,12 @@ def test_unaligned_rows_and_weights(dtype):
     assert torch.equal(ops.linear(shifted[0][3:4], shifted[1]), expected[3:4])
 
 
+@pytest.mark.parametrize("kernels", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [576, 72, 77, 1000, 1536])
-def test_pointwise_rows(dtype, width, threads):
+def test_pointwise_rows(dtype, width, threads, kernels):
     """Widths that leave a vector tail, packs large enough that threads share them."""
-    ops = select(CPU, dtype)
+    ops = backend(kernels, dtype)
     x, y = draw(700, width, dtype=dtype) * 3, draw(700, width, seed=1, dtype=dtype)
     angle = draw(700, 64, seed=2)
     cos, sin = angle.cos(), angle.sin()
@@ -110,9 +111,10 @@ def test_pointwise_rows(dtype, width, threads):
                 assert torch.equal(got, expected[start : start + rows]), (name, rows, start)
 
 
-def test_forward_is_the_same_function_with_and_without_gradients():
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_forward_is_the_same_function_with_and_without_gradients(kernels):
     for dtype in (torch.float32, torch.bfloat16):
-        ops = select(CPU, dtype)
+        ops = backend(kernels, dtype)
         x, w = draw(3, 40, dtype=dtype).requires_grad_(), draw(8, 40, seed=1, dtype=dtype).requires_grad_()
         norm_w = draw(40, seed=2, dtype=dtype)
         with torch.no_grad():
@@ -122,9 +124,10 @@ def test_forward_is_the_same_function_with_and_without_gradients():
         assert all(torch.equal(a, b) for a, b in zip(plain, traced, strict=True))
 
 
+@pytest.mark.parametrize("kernels", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_self_check_passes_on_this_cpu(dtype, threads):
-    report = check_row_invariance(select(CPU, dtype), dtype)
+def test_the_self_check_passes_on_this_cpu(dtype, threads, kernels):
+    report = check_row_invariance(backend(kernels, dtype), dtype)
     assert report.checks > 50
     assert report.failures == ()
 

@@ -1,0 +1,35 @@
+// What a kernel is told. Every pointer is to host memory; strides and sizes count elements.
+#pragma once
+#include <cstdint>
+
+// Attention of one serving step over cached pages; `kernels.reference.attention_paged` is the spec.
+struct PagedAttention {
+  void* out;            // [T, N, H]
+  float* lse;           // [T, N]
+  const void* q;        // [T, N, H]
+  const void* keys;     // [P, S, K, H]
+  const void* values;
+  const int64_t* chunks;        // [B, 4]: first query row, queries, keys without prefix, prefix entries
+  const int64_t* table;         // [B, table_width] pages
+  const int64_t* prefix_table;  // [B, prefix_width]
+  const int64_t* heads;         // [N] kv head of every query head
+  int64_t num_chunks, table_width, prefix_width, num_heads, num_kv_heads, head_dim, page_size;
+  int64_t window;  // 0: none
+  float scale;
+};
+
+// Queries of one chunk and kv heads that one thread works on without interruption.
+struct Part {
+  int64_t chunk, first_query, num_queries, first_kv_head, num_kv_heads;
+};
+
+struct Kernels {
+  const char* name;  // of the instruction set
+  void (*attend)(const PagedAttention&, const Part&, bool is_bf16);
+  // rows [first, last) of [T, width]
+  void (*silu_gate)(void* out, const void* gate, const void* up, int64_t first, int64_t last, bool is_bf16);
+  void (*rms_norm)(void* out, const void* x, const void* weight, float eps, int64_t width, int64_t first, int64_t last,
+                   bool is_bf16);
+  void (*rotary)(void* out, const void* x, const float* cos, const float* sin, int64_t num_heads, int64_t head_dim,
+                 int64_t first, int64_t last, bool is_bf16);
+};

@@ -1,0 +1,123 @@
+// Vectors of the widest registers of the instruction set that a source is compiled for, and what is computed on them.
+//
+// Everything here is in an unnamed namespace: an inline function emitted with AVX-512 could otherwise be the copy that
+// the linker keeps for all instruction sets. Build with -ffp-contract=off: a product and a sum are fused where `fma`
+// says so and nowhere else, so that an element has the same bits in any position of any loop.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint32_t vu __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint16_t vh __attribute__((vector_size(W * 2), aligned(2), may_alias));
+
+inline vf splat(float x) { return x - vf{}; }
+inline vf bits(vu x) { return (vf)x; }
+
+inline vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline vf select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
+
+inline vf load(const float* p) { return *(const vf*)p; }
+inline void store(float* p, vf x) { *(vf*)p = x; }
+
+// bfloat16 is kept as uint16_t.
+typedef uint16_t bf16;
+inline vf load(const bf16* p) { return bits(__builtin_convertvector(*(const vh*)p, vu) << 16); }
+
+inline vu round_bf16(vf x) {  // the upper half, ties to even; NaN stays NaN
+  const vu u = (vu)x;
+  const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const vi is_nan = (vi)((u & 0x7fffffffu) > 0x7f800000u);
+  return (rounded & ~(vu)is_nan) | (0x7fc0u & (vu)is_nan);
+}
+inline void store(bf16* p, vf x) { *(vh*)p = __builtin_convertvector(round_bf16(x), vh); }
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  const uint32_t u = uint32_t(x) << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+// What x becomes when it is stored as T.
+inline vf rounded(vf x, const float*) { return x; }
+inline vf rounded(vf x, const bf16*) { return bits(round_bf16(x) << 16); }
+
+// The first n < W elements; the rest of the vector is zero, and isn't touched in memory.
+template <class T>
+inline vf load_some(const T* p, int n) {
+  T part[W] = {};
+  memcpy(part, p, n * sizeof(T));
+  return load(part);
+}
+template <class T>
+inline void store_some(T* p, vf x, int n) {
+  T part[W];
+  store(part, x);
+  memcpy(p, part, n * sizeof(T));
+}
+
+// Sums and maxima over lanes, halves onto halves: one order for every caller.
+inline float sum(vf x) {
+  float v[W];
+  store(v, x);
+  for (int n = W / 2; n; n /= 2)
+    for (int i = 0; i < n; ++i) v[i] += v[i + n];
+  return v[0];
+}
+inline float max(vf x) {
+  float v[W];
+  store(v, x);
+  for (int n = W / 2; n; n /= 2)
+    for (int i = 0; i < n; ++i) v[i] = v[i] > v[i + n] ? v[i] : v[i + n];
+  return v[0];
+}
+inline vf max(vf a, vf b) { return select(a > b, a, b); }
+
+// e^x within 1 unit in the last place where the result is normal; 0 below, infinity above; exp(0) is 1.
+// Cody and Waite's reduction to |r| <= ln(2)/2, then Cephes' polynomial.
+inline vf exp(vf x) {
+  const vf shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vf n = (x * splat(1.44269504f) + shifter) - shifter;
+  vf r = fma(n, splat(-0.693359375f), x);
+  r = fma(n, splat(2.12194440e-4f), r);
+  vf y = splat(1.9875691500e-4f);
+  y = fma(y, r, splat(1.3981999507e-3f));
+  y = fma(y, r, splat(8.3334519073e-3f));
+  y = fma(y, r, splat(4.1665795894e-2f));
+  y = fma(y, r, splat(1.6666665459e-1f));
+  y = fma(y, r, splat(5.0000001201e-1f));
+  y = fma(y, r * r, r + 1.0f);
+  const vi whole = __builtin_convertvector(select((vi)(n == n), n, vf{}), vi);
+  const vi half = whole >> 1;  // 2^n in two factors: n may be 128
+  y = y * (vf)((half + 127) << 23) * (vf)((whole - half + 127) << 23);
+  y = select(x < splat(-87.33f), vf{}, y);
+  return select(x > splat(88.72f), splat(__builtin_inff()), y);
+}
+
+}  // namespace

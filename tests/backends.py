@@ -1,0 +1,21 @@
+"""The CPU backends that a test of kernels runs on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import cpu_ops, dispatch, invariance
+from kernels.ops import Ops
+
+CPU = torch.device("cpu")
+BACKENDS = ["torch", "compiled"]
+
+
+def backend(name: str, dtype: torch.dtype) -> Ops:
+    """torch's kernels, or the compiled ones; skips where those aren't built."""
+    if name == "torch":
+        return dispatch.torch_cpu(invariance.measure_row_rule(dtype))
+    if cpu_ops.load() is None:
+        pytest.skip(f"{cpu_ops.LIBRARY.name} isn't built: there was no C++ compiler at `make install`")
+    return dispatch.select(CPU, dtype)

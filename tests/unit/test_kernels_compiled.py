@@ -1,0 +1,181 @@
+"""The compiled CPU kernels: every instruction set this processor has, bad arguments, and life without the library."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import cpu_ops, dispatch
+from kernels.dispatch import REFERENCE
+from tests.backends import backend
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+SETS = {
+    "sse42": ("sse4_2",),
+    "avx2": ("avx2", "fma"),
+    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
+    "avx512bf16": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"),
+}
+"""Instruction set -> flags of /proc/cpuinfo that it needs."""
+
+CHECK = """
+import sys
+import torch
+from kernels import cpu_ops
+from kernels.dispatch import REFERENCE, select
+from kernels.invariance import check_row_invariance
+
+assert cpu_ops.load() == sys.argv[1]
+for dtype in (torch.float32, torch.bfloat16):
+    ops = select(torch.device("cpu"), dtype)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        report = check_row_invariance(ops, dtype)
+        assert report.checks > 50 and not report.failures, report
+    draw = lambda seed, *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    layout = ([1, 50, 9], [200, 90, 9], [range(13), range(13, 19), [19]])
+    more = dict(page_size=16, prefix_lengths=[0, 20, 3], prefix_tables=[[], [20, 21], [22]])
+    q, k, v, angle = draw(0, 60, 5, 40), draw(1, 23, 16, 2, 40), draw(2, 23, 16, 2, 40), draw(3, 60, 40).float()
+    x, y = draw(4, 60, 77) * 4, draw(5, 60, 77)
+    cases = {
+        "attention_paged": lambda o, t: o.attention_paged(
+            t(q), t(k), t(v), o.paged_layout(*layout, **more), kv_index=(0, 1, 1, 0, 0), window=60, scale=0.2)[0],
+        "silu_gate": lambda o, t: o.silu_gate(t(x), t(y)),
+        "rms_norm": lambda o, t: o.rms_norm(t(x), t(y[0]), 1e-5),
+        "rotary": lambda o, t: o.rotary(t(q), t(angle.cos()), t(angle.sin())),
+    }
+    with torch.no_grad():
+        for name, case in cases.items():
+            exact = case(REFERENCE, torch.Tensor.double)
+            plain, got = case(REFERENCE, lambda t: t).double(), case(ops, lambda t: t).double()
+            error, allowed = (got - exact).abs().max(), (plain - exact).abs().max()
+            assert error <= 2 * allowed + torch.finfo(dtype).eps * exact.abs().max(), (name, dtype, error, allowed)
+print("checked")
+"""
+
+
+@pytest.fixture(autouse=True)
+def _built() -> None:
+    backend("compiled", torch.float32)  # skips where there is no library
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_instruction_set_is_right_and_row_invariant(name):
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    missing = [flag for flag in SETS[name] if flag not in flags]
+    if missing:
+        pytest.skip(f"this processor has no {', '.join(missing)}")
+    environment = os.environ | {"ONEMESH_CPU_ISA": name}
+    command = [sys.executable, "-c", CHECK, name]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "checked\n", done.stderr
+
+
+def test_an_instruction_set_that_is_not_there_is_named():
+    code = "from kernels import cpu_ops; cpu_ops.load()"
+    environment = os.environ | {"ONEMESH_CPU_ISA": "avx9"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert "ONEMESH_CPU_ISA=avx9 is not one of " in done.stderr
+
+
+def test_nothing_but_the_chosen_kernels_uses_wide_registers():
+    """Functions that an instruction set's object shares with others would be the copy that everyone runs."""
+    shared = subprocess.run(["nm", "-C", str(cpu_ops.LIBRARY)], capture_output=True, text=True, check=True).stdout
+    weak = [line for line in shared.splitlines() if line[17:18] in "WVu" and line[:16].strip()]
+    assert not [line for line in weak if "Attend" in line or "anonymous" in line], weak
+
+
+def test_without_the_library_torch_does_the_work(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu_ops, "LIBRARY", tmp_path / "_cpu.so")
+    assert cpu_ops.load() is None
+    assert dispatch.select(CPU, torch.float32).name.startswith("torch-cpu (")
+
+
+def test_a_library_that_does_not_load_says_what_to_do(monkeypatch, tmp_path):
+    broken = tmp_path / "_cpu.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(cpu_ops, "LIBRARY", broken)
+    with pytest.raises(RuntimeError, match="build it again: make install"):
+        cpu_ops.load()
+
+
+def attend(**changes):
+    """One good call of the raw op, with some arguments replaced."""
+    good = {
+        "q": torch.zeros(3, 2, 8),
+        "key_cache": torch.zeros(4, 4, 1, 8),
+        "value_cache": torch.zeros(4, 4, 1, 8),
+        "chunks": torch.tensor([[0, 2, 5, 0], [2, 1, 1, 3]]),
+        "block_table": torch.tensor([[0, 1], [2, -1]]),
+        "prefix_table": torch.tensor([[0], [3]]),
+        "kv_index": torch.tensor([0, 0]),
+        "window": 0,
+        "scale": 1.0,
+    }
+    return torch.ops.onemesh.attention_paged(*(good | changes).values())
+
+
+BAD = {
+    "q: dtype": ({"q": torch.zeros(3, 2, 8).double()}, "q must be float32 or bfloat16"),
+    "q: dimensions": ({"q": torch.zeros(3, 16)}, "q has 2 dimensions, not 3"),
+    "q: strides": ({"q": torch.zeros(2, 3, 8).transpose(0, 1)}, "q is not contiguous"),
+    "q: rows": ({"q": torch.zeros(4, 2, 8)}, "chunks hold 3 queries, q 4"),
+    "key_cache: dtype": ({"key_cache": torch.zeros(4, 4, 1, 8).bfloat16()}, "key_cache has another dtype"),
+    "value_cache: shape": ({"value_cache": torch.zeros(3, 4, 1, 8)}, "key_cache and value_cache differ in shape"),
+    "head dim": ({"q": torch.zeros(3, 2, 16)}, "q has head dim 16, the cache 8"),
+    "no slots": ({"key_cache": torch.zeros(4, 0, 1, 8), "value_cache": torch.zeros(4, 0, 1, 8)}, "without slots"),
+    "kv_index: value": ({"kv_index": torch.tensor([0, 1])}, r"kv_index\[1\]=1 of 1 kv heads"),
+    "kv_index: length": ({"kv_index": torch.tensor([0])}, "kv_index has not one entry per head"),
+    "block_table: page": ({"block_table": torch.tensor([[0, 4], [2, 0]])}, "block_table of chunk 0 names page 4 of 4"),
+    "block_table: negative": ({"block_table": torch.tensor([[0, 1], [-1, 0]])}, "block_table of chunk 1 names page -1"),
+    "block_table: narrow": ({"block_table": torch.tensor([[0], [2]])}, "block_table has too few pages for chunk 0"),
+    "block_table: rows": ({"block_table": torch.tensor([[0, 1]])}, "block_table has not one row per chunk"),
+    "block_table: dtype": ({"block_table": torch.zeros(2, 2).int()}, "block_table has the wrong dtype"),
+    "prefix_table: page": ({"prefix_table": torch.tensor([[0], [9]])}, "prefix_table of chunk 1 names page 9 of 4"),
+    "chunks: gap": ({"chunks": torch.tensor([[0, 2, 5, 0], [3, 1, 1, 3]])}, "chunk 1 is inconsistent"),
+    "chunks: more queries than keys": ({"chunks": torch.tensor([[0, 2, 1, 0], [2, 1, 1, 3]])}, "chunk 0 is inconsist"),
+    "chunks: width": ({"chunks": torch.zeros(2, 3).long()}, r"chunks must be \[B, 4\]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments_are_named(case):
+    changes, message = BAD[case]
+    attend()
+    with pytest.raises(RuntimeError, match=message):
+        attend(**changes)
+
+
+def test_bad_arguments_of_the_row_ops():
+    ops = torch.ops.onemesh
+    x = torch.zeros(3, 8)
+    with pytest.raises(RuntimeError, match="silu_gate: gate and up differ in shape"):
+        ops.silu_gate(x, torch.zeros(3, 9))
+    with pytest.raises(RuntimeError, match="silu_gate: up has another dtype"):
+        ops.silu_gate(x, x.bfloat16())
+    with pytest.raises(RuntimeError, match="rms_norm: weight has 9 entries, x 8"):
+        ops.rms_norm(x, torch.zeros(9), 1e-5)
+    with pytest.raises(RuntimeError, match="rotary: cos doesn't fit x"):
+        ops.rotary(torch.zeros(3, 2, 8), torch.zeros(3, 4), torch.zeros(3, 8))
+    with pytest.raises(RuntimeError, match="rotary: the head dim 7 is odd"):
+        ops.rotary(torch.zeros(3, 2, 7), torch.zeros(3, 7), torch.zeros(3, 7))
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0, 0)])
+def test_empty_rows(shape):
+    ops, x = backend("compiled", torch.float32), torch.zeros(shape)
+    assert ops.silu_gate(x, x).shape == shape
+    assert ops.rms_norm(x, torch.ones(shape[1]), 1e-5).shape == shape
+
+
+def test_extremes_of_the_gate():
+    """Far out the gate is 0 or the identity; NaN and infinities go where arithmetic sends them."""
+    gate = torch.tensor([[0.0, -0.0, 200.0, -200.0, 1e30, -1e30, torch.nan, torch.inf, -88.0, 88.9, 1e-30]])
+    ops = backend("compiled", torch.float32)
+    got, expected = ops.silu_gate(gate, torch.ones_like(gate)), REFERENCE.silu_gate(gate, torch.ones_like(gate))
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-36, equal_nan=True)
