@@ -31,9 +31,10 @@ REFERENCE = Ops(
 
 def torch_cpu(rule: invariance.RowRule) -> Ops:
     """The torch CPU backend that pads rows by this rule."""
+    doubt = "" if rule.exact else ", NOT row-invariant on this processor"
     return Ops(
         name=f"torch-cpu ({'oneDNN' if rule.onednn else 'torch'} linears of at least {rule.min_rows} rows, "
-        f"attention in multiples of {rule.row_multiple})",
+        f"attention in multiples of {rule.row_multiple}{doubt})",
         linear=functools.partial(torch_ops.linear, product=rule.product, min_rows=rule.min_rows),
         embedding=reference.embedding,
         rms_norm=torch_ops.rms_norm,

@@ -28,6 +28,8 @@ class RowRule:
     """Least rows of a linear."""
     row_multiple: int
     """Attention products have a multiple of this many rows."""
+    exact: bool = True
+    """Whether the probes agreed bitwise; False where no padding makes rows independent on this CPU."""
 
     @property
     def product(self) -> autograd.Product:
@@ -38,13 +40,18 @@ class RowRule:
 def measure_row_rule(dtype: torch.dtype) -> RowRule:
     """oneDNN if it knows the dtype, and the smallest padding under which the probes agree bitwise.
 
-    If no padding does, the largest candidate: `check_row_invariance` then says what still differs.
+    If no padding does, the largest candidate and `exact=False`: `check_row_invariance` then says what still differs.
     """
     onednn = _has_onednn(dtype)
     product = autograd.onednn_linear if onednn else F.linear
-    min_rows = next((c for c in _CANDIDATES if _linear_agrees(dtype, product, c)), _CANDIDATES[-1])
-    row_multiple = next((c for c in _CANDIDATES if c >= 4 and _attention_agrees(dtype, c)), _CANDIDATES[-1])
-    return RowRule(onednn=onednn, min_rows=min_rows, row_multiple=row_multiple)
+    min_rows = next((c for c in _CANDIDATES if _linear_agrees(dtype, product, c)), None)
+    row_multiple = next((c for c in _CANDIDATES if c >= 4 and _attention_agrees(dtype, c)), None)
+    return RowRule(
+        onednn=onednn,
+        min_rows=min_rows or _CANDIDATES[-1],
+        row_multiple=row_multiple or _CANDIDATES[-1],
+        exact=None not in (min_rows, row_multiple),
+    )
 
 
 def _has_onednn(dtype: torch.dtype) -> bool:

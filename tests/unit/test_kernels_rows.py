@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kernels import reference
+from kernels import dispatch, invariance, reference
 from kernels.dispatch import REFERENCE
 from kernels.invariance import cancelling_factors, check_row_invariance
 from tests.backends import BACKENDS, backend
@@ -130,6 +130,14 @@ def test_the_self_check_passes_on_this_cpu(dtype, threads, kernels):
     report = check_row_invariance(backend(kernels, dtype), dtype)
     assert report.checks > 50
     assert report.failures == ()
+
+
+def test_a_processor_without_a_rule_is_told_of(monkeypatch):
+    monkeypatch.setattr(invariance, "_linear_agrees", lambda *_: False)
+    rule = invariance.measure_row_rule(torch.float32)
+    assert (rule.exact, rule.min_rows) == (False, 32)
+    assert "NOT row-invariant on this processor" in dispatch.torch_cpu(rule).name
+    assert "NOT" not in dispatch.torch_cpu(dataclasses.replace(rule, exact=True)).name
 
 
 def test_the_self_check_sees_a_backend_that_is_not_invariant():
