@@ -46,4 +46,4 @@ bench: install
 	$(BIN)/python -m serve.compare
 
 clean:
-	rm -rf build kernels/_cpu.so *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build kernels/_cpu.so $(STAMP) *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -120,7 +120,7 @@ class Rotary(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The rotation by -angle, its transpose (cos and sin repeat their halves)."""
         cos_TH, sin_TH = ctx.saved_tensors
-        return ctx.rotate(grads[0].contiguous(), cos_TH, -sin_TH), None, None, None
+        return ctx.rotate(grads[0], cos_TH, -sin_TH), None, None, None
 
 
 class SiluGate(torch.autograd.Function):

@@ -4,16 +4,23 @@ import functools
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from kernels import cpu_ops, invariance, reference, tiles, torch_ops
-from kernels.ops import Ops
+from kernels.ops import Ops, Rows
 from kernels.paged import PagedLayout
 
 __all__ = ["REFERENCE", "Ops", "select", "torch_cpu"]
 
 
+def unpacked(shape: tuple[int, int], dtype: torch.dtype, rows: Rows) -> Tensor:
+    """The weight as it is: for backends without a layout of their own."""
+    return rows(0, shape[0]).to(dtype)
+
+
 REFERENCE = Ops(
     name="reference",
+    pack=unpacked,
     linear=reference.linear,
     embedding=reference.embedding,
     rms_norm=reference.rms_norm,
@@ -31,10 +38,9 @@ REFERENCE = Ops(
 
 def torch_cpu(rule: invariance.RowRule) -> Ops:
     """The torch CPU backend that pads rows by this rule."""
-    doubt = "" if rule.exact else ", NOT row-invariant on this processor"
     return Ops(
-        name=f"torch-cpu ({'oneDNN' if rule.onednn else 'torch'} linears of at least {rule.min_rows} rows, "
-        f"attention in multiples of {rule.row_multiple}{doubt})",
+        name=f"torch-cpu ({rule.linears}; {rule.attention})",
+        pack=unpacked,
         linear=functools.partial(torch_ops.linear, product=rule.product, min_rows=rule.min_rows),
         embedding=reference.embedding,
         rms_norm=torch_ops.rms_norm,
@@ -50,11 +56,15 @@ def torch_cpu(rule: invariance.RowRule) -> Ops:
     )
 
 
-def cpu(isa: str, linears: Ops) -> Ops:
-    """The C++ backend with another one's linears."""
+def compiled(isa: str, rule: invariance.RowRule) -> Ops:
+    """The C++ backend; linears of weights that aren't packed and the attention of training are torch's."""
+    plain = torch_cpu(rule)
     return replace(
-        linears,
-        name=f"{isa} attention, norms and gates; {linears.name}",
+        plain,
+        name=f"cpu {isa} (unpacked weights: {rule.linears})",
+        pack=cpu_ops.pack,
+        linear=functools.partial(cpu_ops.linear, plain=plain.linear),
+        embedding=cpu_ops.embedding,
         rms_norm=cpu_ops.rms_norm,
         rotary=cpu_ops.rotary,
         silu_gate=cpu_ops.silu_gate,
@@ -71,6 +81,6 @@ def select(device: torch.device, dtype: torch.dtype) -> Ops:
     """
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return REFERENCE
-    ops = torch_cpu(invariance.measure_row_rule(dtype))
+    rule = invariance.measure_row_rule(dtype)
     isa = cpu_ops.load() if dtype != torch.float16 else None
-    return ops if isa is None else cpu(isa, ops)
+    return torch_cpu(rule) if isa is None else compiled(isa, rule)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import autograd, tiles, torch_ops
-from kernels.ops import Ops
+from kernels.ops import Ops, Packed
 
 _CANDIDATES = (2, 4, 8, 16, 32)
 """Least row counts tried. Not 1: a single row is a matrix-vector product, another kernel nearly everywhere."""
@@ -28,8 +28,21 @@ class RowRule:
     """Least rows of a linear."""
     row_multiple: int
     """Attention products have a multiple of this many rows."""
-    exact: bool = True
+    exact_linears: bool = True
+    exact_attention: bool = True
     """Whether the probes agreed bitwise; False where no padding makes rows independent on this CPU."""
+
+    @property
+    def linears(self) -> str:
+        """In words."""
+        which = f"{'oneDNN' if self.onednn else 'torch'} linears of at least {self.min_rows} rows"
+        return which + ("" if self.exact_linears else ", NOT row-invariant on this processor")
+
+    @property
+    def attention(self) -> str:
+        """In words."""
+        which = f"attention in multiples of {self.row_multiple}"
+        return which + ("" if self.exact_attention else ", NOT row-invariant on this processor")
 
     @property
     def product(self) -> autograd.Product:
@@ -40,7 +53,7 @@ class RowRule:
 def measure_row_rule(dtype: torch.dtype) -> RowRule:
     """oneDNN if it knows the dtype, and the smallest padding under which the probes agree bitwise.
 
-    If no padding does, the largest candidate and `exact=False`: `check_row_invariance` then says what still differs.
+    If no padding does, the largest candidate and says so: `check_row_invariance` then says what still differs.
     """
     onednn = _has_onednn(dtype)
     product = autograd.onednn_linear if onednn else F.linear
@@ -50,7 +63,8 @@ def measure_row_rule(dtype: torch.dtype) -> RowRule:
         onednn=onednn,
         min_rows=min_rows or _CANDIDATES[-1],
         row_multiple=row_multiple or _CANDIDATES[-1],
-        exact=None not in (min_rows, row_multiple),
+        exact_linears=min_rows is not None,
+        exact_attention=row_multiple is not None,
     )
 
 
@@ -163,10 +177,21 @@ def _cases(ops: Ops, dtype: torch.dtype) -> Iterator[_Case]:
     for n, k in ((576, 576), (192, 576), (576, 1536), (54, 72), (8, 576), (8, 8)):
         x, w = cancelling_factors(n, k, 130, dtype)
         yield f"linear {n}x{k}", 130, counts, lambda a, b, x=x, w=w: ops.linear(x[a:b], w)
+        packed = ops.pack((n, k), dtype, lambda a, b, w=w: w[a:b])
+        if isinstance(packed, Packed):
+            yield f"packed linear {n}x{k}", 130, counts, lambda a, b, x=x, w=packed: ops.linear(x[a:b], w)
     for width in (576, 77):
         x, y = _random(0, 300, width, dtype=dtype), _random(1, 300, width, dtype=dtype)
         yield f"rms_norm {width}", 300, counts, lambda a, b, x=x, y=y: ops.rms_norm(x[a:b], y[0], 1e-5)
         yield f"silu_gate {width}", 300, counts, lambda a, b, x=x, y=y: ops.silu_gate(x[a:b], y[a:b])
+        heads, angle = x[:, : width // 2 * 2].unflatten(1, (-1, 2 if width % 4 else 4)), y[:, :4].float()
+        cos, sin = (t[:, : heads.shape[-1]].contiguous() for t in (angle.cos(), angle.sin()))
+        yield (
+            f"rotary {width}",
+            300,
+            counts,
+            lambda a, b, h=heads, c=cos, s=sin: ops.rotary(h[a:b], c[a:b], s[a:b]),
+        )
         yield f"log_softmax {width}", 300, counts, lambda a, b, x=x: ops.log_softmax(x[a:b])
     caches = cancelling_cache(38, dtype)
     for heads in ((0, 0, 0, 1, 1, 1), (0, 1, 1)):
@@ -178,3 +203,12 @@ def _cases(ops: Ops, dtype: torch.dtype) -> Iterator[_Case]:
             return torch.cat((out.float(), lse[..., None]), -1)
 
         yield f"attention_paged kv_index={heads}", 600, (1, 2, 7, 33, 257, 512), attend
+
+        def behind_prefix(start: int, stop: int, q: Tensor = q, heads: tuple[int, ...] = heads) -> Tensor:
+            layout = ops.paged_layout(
+                [stop - start], [stop], [range(3, 38)], page_size=16, prefix_lengths=[40], prefix_tables=[range(3)]
+            )
+            out, lse = ops.attention_paged(q[start:stop], *caches, layout, kv_index=heads, window=100, scale=0.125)
+            return torch.cat((out.float(), lse[..., None]), -1)
+
+        yield f"attention_paged kv_index={heads}, prefix, window", 550, (1, 2, 7, 33, 257, 512), behind_prefix

@@ -1,11 +1,35 @@
-"""The set of functions that a backend offers."""
+"""The set of functions that a backend offers, and the form in which it may keep frozen weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kernels.paged import PagedLayout
+
+Rows = Callable[[int, int], Tensor]
+"""Rows first .. last - 1 of a weight: a backend that packs asks for a few at a time."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A frozen weight in a backend's own layout; only that backend's `linear` and `embedding` read it."""
+
+    data: Tensor
+    shape: tuple[int, int]
+    """[N, K] of the weight."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the elements."""
+        return self.data.dtype
+
+    def to(self, dtype: torch.dtype) -> "Packed":
+        """Itself: a packed weight has the compute dtype. Raises ValueError for another one."""
+        if dtype != self.dtype:
+            raise ValueError(f"a weight packed in {self.dtype} can't be used in {dtype}")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +40,8 @@ class Ops:
     """
 
     name: str
+    pack: Callable[[tuple[int, int], torch.dtype, Rows], Tensor | Packed]
+    """A frozen weight [N, K] in the form that `linear` and `embedding` read fastest."""
     linear: Callable[..., Tensor]
     embedding: Callable[..., Tensor]
     rms_norm: Callable[..., Tensor]

@@ -8,13 +8,13 @@ uneven; weights hold exactly this rank's block.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from conf.schema import Architecture
-from kernels.dispatch import Ops
+from kernels.ops import Ops, Packed
 from parallel import regions
 from parallel.comm import Group
 from parallel.model.step import Segment, Step
@@ -35,6 +35,8 @@ class Build:
     """Compute dtype; frozen weights are stored in it."""
     trainable: bool
     """Whether the model's own weights train (then they are stored in `master_dtype`)."""
+    packed: bool
+    """Whether matrices are kept in the backend's own layout: for serving, where nothing needs their gradients."""
     read: Callable[[Spec, torch.dtype], Tensor]
     """Returns the block of a parameter; reads nothing else."""
 
@@ -43,6 +45,21 @@ class Build:
         spec = place(name, shape, self.architecture, self.here)
         stored = master_dtype(self.dtype) if self.trainable else self.dtype
         return spec, nn.Parameter(self.read(spec, stored).to(self.device), requires_grad=self.trainable)
+
+    def matrix(self, name: str, *shape: int) -> tuple[Spec, nn.Parameter | Packed]:
+        """As `parameter`, for the weight of a linear or an embedding, which may be packed."""
+        if not self.packed:
+            return self.parameter(name, *shape)
+        spec = place(name, shape, self.architecture, self.here)
+        start, columns = spec.index[0].start, spec.index[1]
+
+        def rows(first: int, last: int) -> Tensor:
+            part = replace(spec, index=(slice(start + first, start + last), columns))
+            return self.read(part, self.dtype).to(self.device)
+
+        n, k = spec.local_shape
+        weight = self.ops.pack((n, k), self.dtype, rows)
+        return spec, weight if isinstance(weight, Packed) else nn.Parameter(weight, requires_grad=False)
 
 
 def master_dtype(compute: torch.dtype) -> torch.dtype:
@@ -88,7 +105,7 @@ class Linear(nn.Module):
     def __init__(self, build: Build, name: str, out_width: int, in_width: int, *, bias: bool, row: bool) -> None:
         super().__init__()
         self.ops, self.tensor, self.row, self.name = build.ops, build.tensor, row, name
-        spec, self.weight = build.parameter(f"{name}.weight", out_width, in_width)
+        spec, self.weight = build.matrix(f"{name}.weight", out_width, in_width)
         self.specs = {"weight": spec}
         self.bias: nn.Parameter | None = None
         if bias:
@@ -132,7 +149,7 @@ class Embedding(nn.Module):
         architecture = build.architecture
         self.ops, self.tensor, self.dtype = build.ops, build.tensor, build.dtype
         self.start, self.stop = build.here.vocab
-        spec, self.weight = build.parameter(f"{name}.weight", architecture.vocab_size, architecture.width)
+        spec, self.weight = build.matrix(f"{name}.weight", architecture.vocab_size, architecture.width)
         self.specs = {"weight": spec}
 
     def forward(self, ids_T: Tensor) -> Tensor:

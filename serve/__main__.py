@@ -50,6 +50,8 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         comm.tell(launch, error)
         code, reason = 2, str(error)
+    except SystemExit:  # asked to stop while it was loading; caught, so that nothing holds the process group
+        code, reason = 0, "the server was asked to stop"
     except (comm.PeerLost, LinkClosed) as error:
         reason = str(error)
         print(f"serve: {error}", file=sys.stderr, flush=True)

@@ -60,7 +60,7 @@ def build_engine(config: Config, source: Source, launch: Launch, *, max_chunk: i
     assert not isinstance(stages, str), "stages of an unchecked config"
     device = comm.device(launch)
     ops = dispatch.select(device, dtype)
-    decoder = build_decoder(source, mesh, stages, dtype=dtype, ops=ops, trainable=False, device=device)
+    decoder = build_decoder(source, mesh, stages, dtype=dtype, ops=ops, trainable=False, packed=True, device=device)
     limits = _limits(config.serve, source, max_chunk)
     pool = PagePool(_num_pages(config.serve, limits, decoder, mesh, launch), config.serve.page_size)
     cache = KvCache.allocate(decoder, num_pages=pool.num_pages, page_size=pool.page_size)

@@ -76,9 +76,11 @@ class Model:
         x = decoder(batch.ids_T if hidden is None else hidden, step)
         if not decoder.stage.is_last:
             return x
+        head = decoder.head_weight
+        assert isinstance(head, nn.Parameter), "weights are packed for serving alone"
         return cross_entropy(
             x,
-            decoder.head_weight,
+            head,
             batch.target_ids,
             first_row=decoder.here.vocab[0],
             tensor=decoder.tensor,

@@ -3,7 +3,8 @@
 // Keys are taken in blocks of BLOCK by absolute position (the prefix comes first), in rising order, with a running
 // maximum and sum (arXiv:2205.14135). Within a block every score is one chain of multiply-adds along the head, every
 // output element one along the keys. So a query's bits depend on its position and its keys alone: not on the chunk
-// it comes in, the rows computed beside it or the thread. A block of which a query sees nothing changes nothing.
+// it comes in, the rows computed beside it or the thread. Keys and values that a query doesn't see change nothing as long
+// as they are finite.
 //
 //   pages -> keys [units][BLOCK] (transposed), values [BLOCK][H] in float  -> up to 4 rows (query, head) at a time:
 //   scores of 64 keys in registers -> mask, exp -> weights [64] -> output [H] += weights x values
@@ -142,7 +143,7 @@ struct Attend {
 
   // Scores, weights and outputs of R rows for the packed block; query[r] counts within the chunk.
   template <int R>
-  void rows(Room& room, int64_t first, int64_t n, int64_t row, const int64_t* query) const {
+  void attend_rows(Room& room, int64_t first, int64_t n, int64_t row, const int64_t* query) const {
     vf s[R][VECS] = {};
     const int64_t units = a.head_dim / U::PER_UNIT;
     const float* q = room.queries + row * room.units;
@@ -242,14 +243,15 @@ struct Attend {
         const int64_t some = rows - r < ROWS ? rows - r : ROWS;
         for (int64_t i = 0; i < some; ++i) query[i] = query_of(r + i);
         if (position(query[some - 1]) < first) continue;
-        if (some == 4) this->template rows<4>(room, first, n, r, query);
-        else if (some == 3) this->template rows<3>(room, first, n, r, query);
-        else if (some == 2) this->template rows<2>(room, first, n, r, query);
-        else this->template rows<1>(room, first, n, r, query);
+        if (some == 4) attend_rows<4>(room, first, n, r, query);
+        else if (some == 3) attend_rows<3>(room, first, n, r, query);
+        else if (some == 2) attend_rows<2>(room, first, n, r, query);
+        else attend_rows<1>(room, first, n, r, query);
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
-      const float total = room.sums[r], one_over = total > 0 ? 1 / total : total == total ? 0 : total;
+      const float total = room.sums[r];
+      const float one_over = total == 0 ? 0 : 1 / total;  // a query that sees no key has output 0
       T* out = (T*)a.out + index(r) * a.head_dim;
       const float* from = room.outputs + r * room.width;
       for (int64_t h = 0; h < a.head_dim; h += W) {

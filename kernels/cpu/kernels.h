@@ -23,9 +23,28 @@ struct Part {
   int64_t chunk, first_query, num_queries, first_kv_head, num_kv_heads;
 };
 
+// Columns of a panel of packed weights (`linear.cpp`).
+constexpr int PANEL = 48;
+
+// y = x w^T (+ bias).
+struct LinearArgs {
+  void* out;           // [T, N]
+  const void* x;       // [T, K]
+  const void* weight;  // packed
+  const void* bias;    // [N] or null
+  int64_t out_width, in_width;  // N, K
+};
+
 struct Kernels {
   const char* name;  // of the instruction set
   void (*attend)(const PagedAttention&, const Part&, bool is_bf16);
+  void (*linear)(const LinearArgs&, int64_t first_panel, int64_t last_panel, int64_t first_row, int64_t last_row,
+                 bool is_bf16);
+  void (*pack)(void* packed, const void* w, int64_t out_width, int64_t in_width, int64_t first_panel,
+               int64_t last_panel, bool is_bf16);
+  // rows ids[first..last) of the packed weight
+  void (*unpack)(void* out, const void* packed, const int64_t* ids, int64_t in_width, int64_t first, int64_t last,
+                 bool is_bf16);
   // rows [first, last) of [T, width]
   void (*silu_gate)(void* out, const void* gate, const void* up, int64_t first, int64_t last, bool is_bf16);
   void (*rms_norm)(void* out, const void* x, const void* weight, float eps, int64_t width, int64_t first, int64_t last,

@@ -82,7 +82,7 @@ inline void store_some(T* p, vf x, int n) {
   memcpy(p, part, n * sizeof(T));
 }
 
-// Sums and maxima over lanes, halves onto halves: one order for every caller.
+// Sums and maxima over lanes, halves onto halves: one order for every caller. A maximum with NaN is NaN.
 inline float sum(vf x) {
   float v[W];
   store(v, x);
@@ -94,10 +94,10 @@ inline float max(vf x) {
   float v[W];
   store(v, x);
   for (int n = W / 2; n; n /= 2)
-    for (int i = 0; i < n; ++i) v[i] = v[i] > v[i + n] ? v[i] : v[i + n];
+    for (int i = 0; i < n; ++i) v[i] = v[i] > v[i + n] || v[i] != v[i] ? v[i] : v[i + n];
   return v[0];
 }
-inline vf max(vf a, vf b) { return select(a > b, a, b); }
+inline vf max(vf a, vf b) { return select((vi)(a > b) | (vi)(a != a), a, b); }
 
 // e^x within 1 unit in the last place where the result is normal; 0 below, infinity above; exp(0) is 1.
 // Cody and Waite's reduction to |r| <= ln(2)/2, then Cephes' polynomial.

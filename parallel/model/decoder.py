@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.ops import Packed
 from parallel.model import rope
 from parallel.model.block import Block
 from parallel.model.step import Step
@@ -44,7 +45,7 @@ class Head(nn.Module):
     def __init__(self, build: Build) -> None:
         super().__init__()
         a = build.architecture
-        spec, self.weight = build.parameter("lm_head.weight", a.vocab_size, a.width)
+        spec, self.weight = build.matrix("lm_head.weight", a.vocab_size, a.width)
         self.specs = {"weight": spec}
 
 
@@ -68,7 +69,7 @@ class Decoder(nn.Module):
             self.embed_tokens.specs["weight"] = replace(spec, tied=True, owned=spec.owned if stage.is_first else None)
 
     @property
-    def head_weight(self) -> nn.Parameter:
+    def head_weight(self) -> nn.Parameter | Packed:
         """[V/tp, D]: this rank's rows of the output matrix (the embedding's when tied); last stage only."""
         holder = self.lm_head if self.lm_head is not None else self.embed_tokens
         assert holder is not None and self.stage.is_last

@@ -1,8 +1,10 @@
 """The compiled CPU kernels: every instruction set this processor has, bad arguments, and life without the library."""
 
+import ctypes
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,13 @@ import torch
 
 from kernels import cpu_ops, dispatch
 from kernels.dispatch import REFERENCE
-from tests.backends import backend
+from kernels.invariance import cancelling_factors
+from tests.backends import backend, packed
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 SETS = {
+    "generic": (),
     "sse42": ("sse4_2",),
     "avx2": ("avx2", "fma"),
     "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
@@ -28,6 +32,7 @@ import torch
 from kernels import cpu_ops
 from kernels.dispatch import REFERENCE, select
 from kernels.invariance import check_row_invariance
+from tests.backends import packed
 
 assert cpu_ops.load() == sys.argv[1]
 for dtype in (torch.float32, torch.bfloat16):
@@ -44,6 +49,7 @@ for dtype in (torch.float32, torch.bfloat16):
     cases = {
         "attention_paged": lambda o, t: o.attention_paged(
             t(q), t(k), t(v), o.paged_layout(*layout, **more), kv_index=(0, 1, 1, 0, 0), window=60, scale=0.2)[0],
+        "linear": lambda o, t: o.linear(t(x), packed(o, t(y)), t(x[:, 0].contiguous())),
         "silu_gate": lambda o, t: o.silu_gate(t(x), t(y)),
         "rms_norm": lambda o, t: o.rms_norm(t(x), t(y[0]), 1e-5),
         "rotary": lambda o, t: o.rotary(t(q), t(angle.cos()), t(angle.sin())),
@@ -56,6 +62,13 @@ for dtype in (torch.float32, torch.bfloat16):
             assert error <= 2 * allowed + torch.finfo(dtype).eps * exact.abs().max(), (name, dtype, error, allowed)
 print("checked")
 """
+
+
+@pytest.fixture
+def thread_counts() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -86,8 +99,11 @@ def test_an_instruction_set_that_is_not_there_is_named():
 def test_nothing_but_the_chosen_kernels_uses_wide_registers():
     """Functions that an instruction set's object shares with others would be the copy that everyone runs."""
     shared = subprocess.run(["nm", "-C", str(cpu_ops.LIBRARY)], capture_output=True, text=True, check=True).stdout
-    weak = [line for line in shared.splitlines() if line[17:18] in "WVu" and line[:16].strip()]
-    assert not [line for line in weak if "Attend" in line or "anonymous" in line], weak
+    symbols = [line[17:] for line in shared.splitlines() if line[:16].strip()]
+    assert any("attend_generic" in symbol for symbol in symbols)
+    weak = [symbol[2:] for symbol in symbols if symbol[0] in "WVu"]
+    libraries = ("std::", "c10::", "torch::", "typeinfo", "vtable", "guard variable", "void std::", "void torch::")
+    assert not [symbol for symbol in weak if not symbol.startswith(libraries)]
 
 
 def test_without_the_library_torch_does_the_work(monkeypatch, tmp_path):
@@ -100,8 +116,95 @@ def test_a_library_that_does_not_load_says_what_to_do(monkeypatch, tmp_path):
     broken = tmp_path / "_cpu.so"
     broken.write_bytes(b"not a library")
     monkeypatch.setattr(cpu_ops, "LIBRARY", broken)
-    with pytest.raises(RuntimeError, match="build it again: make install"):
+    with pytest.raises(RuntimeError, match="build it again: make clean install"):
         cpu_ops.load()
+
+
+SHAPES = [(576, 576), (192, 577), (50, 1), (48, 3), (1, 64), (100, 130), (47, 40), (49, 40)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_packed_linear_is_right_and_row_invariant(dtype, n, k, thread_counts):
+    """Against float64; then any number of rows, anywhere, on 1 and 2 threads, bit for bit."""
+    ops = backend("compiled", dtype)
+    (x, w), bias = cancelling_factors(n, k, 150, dtype), torch.randn(n).to(dtype) * 1e-3
+    for b in (None, bias):
+        full = ops.linear(x, packed(ops, w), b)
+        exact = REFERENCE.linear(x.double(), w.double(), None if b is None else b.double())
+        scale = (x.double().abs() @ w.double().abs().t()).max()  # the terms cancel
+        assert (full - exact).abs().max() <= 2 * torch.finfo(dtype).eps * exact.abs().max() + 1e-6 * scale
+        for rows in (1, 2, 3, 9, 10, 33, 127, 128, 150):
+            torch.set_num_threads(1 + rows % 2)
+            for start in (0, 150 - rows):
+                got = ops.linear(x[start : start + rows], packed(ops, w), b)
+                assert torch.equal(got, full[start : start + rows]), (rows, start)
+
+
+@pytest.mark.parametrize("k", [40, 41])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_linear_has_the_bits_of_its_definition(dtype, k):
+    """One chain of fused multiply-adds with rising k; of a pair of bfloat16 the second comes first."""
+    fma = ctypes.CDLL(None).fmaf
+    fma.restype, fma.argtypes = ctypes.c_float, [ctypes.c_float] * 3
+    ops = backend("compiled", dtype)
+    x, w = cancelling_factors(50, k, 3, dtype)
+    order = range(k) if dtype == torch.float32 else [j for i in range(0, k, 2) for j in (i + 1, i) if j < k]
+    rows, columns = x.float().tolist(), w.float().tolist()
+    expected = torch.zeros(3, 50)
+    for t, row in enumerate(rows):
+        for n, column in enumerate(columns):
+            total = 0.0
+            for j in order:
+                total = fma(column[j], row[j], total)
+            expected[t, n] = total
+    assert torch.equal(ops.linear(x, packed(ops, w)), expected.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_rows_of_a_packed_weight(dtype, n, k):
+    ops, w = backend("compiled", dtype), torch.randn(n, k).to(dtype)
+    ids = torch.randint(0, n, (37,))
+    assert torch.equal(ops.embedding(ids, packed(ops, w)), w[ids])
+
+
+def test_what_a_packed_weight_cannot_do_is_named():
+    ops = backend("compiled", torch.float32)
+    w = packed(ops, torch.zeros(50, 8))
+    assert w.to(torch.float32) is w
+    with pytest.raises(ValueError, match=r"packed in torch.float32 can't be used in torch.bfloat16"):
+        w.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="a packed weight has no gradients"):
+        ops.linear(torch.zeros(2, 8, requires_grad=True), w)
+    with pytest.raises(ValueError, match=r"x \(2, 9\) and w \(50, 8\) must be"):
+        ops.linear(torch.zeros(2, 9), w)
+    raw = torch.ops.onemesh
+    for x, weight, bias, width, message in (
+        (torch.zeros(2, 8).bfloat16(), w.data, None, 50, "packed has another dtype"),
+        (torch.zeros(2, 9), w.data, None, 50, r"packed is not of a weight \[50, 9\]"),
+        (torch.zeros(2, 8), w.data, None, 97, r"packed is not of a weight \[97, 8\]"),
+        (torch.zeros(2, 8), w.data, torch.zeros(49), 50, "bias has 49 entries, not 50"),
+        (torch.zeros(2, 8), w.data[0], None, 50, "packed has 3 dimensions, not 4"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            raw.linear(x, weight, bias, width)
+    for rows, first, message in (
+        (torch.zeros(3, 9), 0, "packed is not of a weight"),
+        (torch.zeros(3, 8).bfloat16(), 0, "rows has another dtype"),
+        (torch.zeros(3, 8), 8, "first=8 must be a multiple of 48"),
+        (torch.zeros(49, 8), 48, "49 rows from 48 on don't fit"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            raw.pack_rows(w.data, rows, first)
+    for ids, width, message in (
+        (torch.tensor([0, 50]), 50, r"ids\[1\]=50 of 50 rows"),
+        (torch.tensor([-1]), 50, r"ids\[0\]=-1"),
+        (torch.tensor([0]).int(), 50, "ids has the wrong dtype"),
+        (torch.tensor([0]), 40, "packed is not of a weight"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            raw.packed_rows(ids, w.data, width, 8)
 
 
 def attend(**changes):
@@ -128,6 +231,10 @@ BAD = {
     "key_cache: dtype": ({"key_cache": torch.zeros(4, 4, 1, 8).bfloat16()}, "key_cache has another dtype"),
     "value_cache: shape": ({"value_cache": torch.zeros(3, 4, 1, 8)}, "key_cache and value_cache differ in shape"),
     "head dim": ({"q": torch.zeros(3, 2, 16)}, "q has head dim 16, the cache 8"),
+    "q: odd head dim": (
+        {"q": torch.zeros(3, 2, 7)} | dict.fromkeys(("key_cache", "value_cache"), torch.zeros(4, 4, 1, 7)),
+        "q has an odd head dim 7",
+    ),
     "no slots": ({"key_cache": torch.zeros(4, 0, 1, 8), "value_cache": torch.zeros(4, 0, 1, 8)}, "without slots"),
     "kv_index: value": ({"kv_index": torch.tensor([0, 1])}, r"kv_index\[1\]=1 of 1 kv heads"),
     "kv_index: length": ({"kv_index": torch.tensor([0])}, "kv_index has not one entry per head"),
@@ -151,6 +258,38 @@ def test_bad_arguments_are_named(case):
         attend(**changes)
 
 
+def test_a_window_and_gradients_that_make_no_sense_are_refused():
+    ops = backend("compiled", torch.float32)
+    layout, cache = ops.paged_layout([1], [3], [[1]], page_size=4), torch.zeros(2, 4, 1, 8)
+    with pytest.raises(ValueError, match="window=0 must be at least 1"):
+        ops.attention_paged(torch.zeros(1, 2, 8), cache, cache, layout, window=0, scale=1.0)
+    with pytest.raises(ValueError, match="attention_paged has no gradients"):
+        ops.attention_paged(torch.zeros(1, 2, 8, requires_grad=True), cache, cache, layout, scale=1.0)
+
+
+@pytest.mark.parametrize("bad", [0, 70, 99])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_is_never_swallowed(dtype, bad):
+    """A broken key, value or query shows in every query that sees it, and in no other one."""
+    ops = backend("compiled", dtype)
+    for where in ("q", "key", "value"):
+        q, key, value = torch.randn(100, 3, 8), torch.randn(7, 16, 1, 8), torch.randn(7, 16, 1, 8)
+        {"q": q, "key": key.view(112, 1, 8), "value": value.view(112, 1, 8)}[where][bad] = torch.nan
+        for first in range(0, 100, 10):  # in chunks that end before or behind it
+            layout = ops.paged_layout([10], [first + 10], [range(7)], page_size=16)
+            out, lse = ops.attention_paged(
+                q[first : first + 10].to(dtype), key.to(dtype), value.to(dtype), layout, scale=0.3
+            )
+            sees = [t == bad if where == "q" else t >= bad for t in range(first, first + 10)]
+            got = out.isnan().flatten(1).any(1).tolist()
+            if where != "value":
+                assert got == sees
+                assert lse.isnan().any(1).tolist() == sees
+            else:  # queries computed together may show it too
+                assert all(g for g, s in zip(got, sees, strict=True) if s)
+                assert not lse.isnan().any()
+
+
 def test_bad_arguments_of_the_row_ops():
     ops = torch.ops.onemesh
     x = torch.zeros(3, 8)
@@ -169,6 +308,8 @@ def test_bad_arguments_of_the_row_ops():
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0, 0)])
 def test_empty_rows(shape):
     ops, x = backend("compiled", torch.float32), torch.zeros(shape)
+    assert torch.equal(ops.linear(x, packed(ops, torch.ones(5, shape[1]))), torch.zeros(shape[0], 5))
+    assert ops.linear(x, packed(ops, torch.ones(0, shape[1]))).shape == (shape[0], 0)
     assert ops.silu_gate(x, x).shape == shape
     assert ops.rms_norm(x, torch.ones(shape[1]), 1e-5).shape == shape
 

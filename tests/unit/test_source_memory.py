@@ -34,13 +34,18 @@ import json, sys, threading, time
 import torch
 from conf.schema import ModelConf
 from parallel.model.source import open_source
+from kernels.dispatch import select
+from kernels.ops import Packed
+from parallel.mesh import Mesh
 from parallel.model import gguf_file  # the decoder's imports are no part of loading
+from parallel.model.load import build_decoder
 
 def anonymous():
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 
 path, dtype, rank, size = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+ops = select(torch.device("cpu"), dtype)
 torch.zeros(4096, 4096).bfloat16()  # thread pools and allocator start here
 peak, done = 0, False
 
@@ -55,7 +60,13 @@ watcher = threading.Thread(target=watch)
 watcher.start()
 source = open_source(ModelConf(path=path))
 kept = []
-for name in source.names():
+if len(sys.argv) > 5:  # as the server does, on the whole model
+    decoder = build_decoder(
+        source, Mesh.single(), [source.architecture.num_layers], dtype=dtype, ops=ops, trainable=False, packed=True
+    )
+    kept = [p for _, p in decoder.placed()]
+    kept = [p.data if isinstance(p, Packed) else p for p in kept]
+for name in () if kept else source.names():
     shape = source.shape(name)
     index = [slice(0, extent) for extent in shape]
     if len(shape) == 2:
@@ -120,9 +131,9 @@ def write_gguf(path: Path, architecture: Architecture, kind: GGMLQuantizationTyp
     return path
 
 
-def loading(path: Path, dtype: str, rank: int, size: int) -> tuple[int, int]:
+def loading(path: Path, dtype: str, rank: int, size: int, *more: str) -> tuple[int, int]:
     """(bytes kept, growth of anonymous memory at its peak) of reading rank's share of everything."""
-    command = [sys.executable, "-c", PROBE, str(path), dtype, str(rank), str(size)]
+    command = [sys.executable, "-c", PROBE, str(path), dtype, str(rank), str(size), *more]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     figures = json.loads(result.stdout)
     return figures["kept"], figures["grown"]
@@ -148,3 +159,10 @@ def test_loading_holds_the_shard_and_little_more(tmp_path: Path, kind: str, dtyp
     assert grown > 0.9 * kept, "the probe must see the shard itself"
     assert grown <= 1.15 * kept + 64 * 2**20
     assert grown <= kept + 48 * 2**20, "staging is bounded whatever the size"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_server_packs_its_weights_one_at_a_time(tmp_path: Path, dtype: str) -> None:
+    kept, grown = loading(write_safetensors(tmp_path, BIG, torch.bfloat16), dtype, 0, 1, "decoder")
+    assert kept > 200 * 2**20
+    assert 0.9 * kept < grown <= 1.15 * kept + 64 * 2**20
