@@ -131,7 +131,7 @@ def test_an_adapter_written_by_peft_serves_here(base: Path, tmp_path: Path, name
     torch.manual_seed(1)
     model = get_peft_model(theirs(base), WRITTEN[name])
     for parameter in (p for p in model.parameters() if p.requires_grad):
-        torch.nn.init.normal_(parameter, std=0.3)
+        torch.nn.init.normal_(parameter, std=0.2)  # at 0.3 transformers itself is 1e-4 off its own float64
     model.save_pretrained(tmp_path)
     assert peft.PeftConfig.from_pretrained(tmp_path).peft_type == WRITTEN[name].peft_type
     compare(base, tmp_path, tensor=2)
