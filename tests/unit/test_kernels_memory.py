@@ -33,5 +33,5 @@ def faults(what: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
 def test_the_pages_of_a_step_are_not_faulted_in_again():
-    assert faults("keep") < 100
+    assert faults("keep") < 3000  # 0, or 1024 for each time that the heap still grows by a block
     assert faults("plain") > 5000  # else the test measures nothing
