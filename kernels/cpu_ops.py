@@ -4,8 +4,9 @@
 torch's kernels do all the work. Paged attention and linears of packed weights aren't differentiable, the rest is.
 """
 
+import functools
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -103,39 +104,16 @@ def _rotary(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     return torch.ops.onemesh.rotary(x_TNH.contiguous(), cos_TH.contiguous(), sin_TH.contiguous())
 
 
-@dataclass(frozen=True, kw_only=True)
 class CpuLayout(PagedLayout):
-    """The layout with the chunks' numbers in one tensor, for all layers of a step."""
+    """The layout with the chunks' numbers in one tensor, made once for all layers of a step."""
 
-    chunks_B4: Tensor
-    """int64 first query row, queries, keys without the prefix, prefix entries."""
-
-
-def paged_layout(
-    query_lengths: Sequence[int],
-    kv_lengths: Sequence[int],
-    block_tables: Sequence[Sequence[int]] | Tensor,
-    *,
-    page_size: int,
-    prefix_lengths: Sequence[int] | None = None,
-    prefix_tables: Sequence[Sequence[int]] | Tensor | None = None,
-    device: torch.device | str = "cpu",
-) -> CpuLayout:
-    """`PagedLayout.build` as `attention_paged` reads it."""
-    plain = PagedLayout.build(
-        query_lengths,
-        kv_lengths,
-        block_tables,
-        page_size=page_size,
-        prefix_lengths=prefix_lengths,
-        prefix_tables=prefix_tables,
-        device=device,
-    )
-    chunks = zip(plain.query_starts, query_lengths, plain.kv_lengths, plain.prefix_lengths, strict=False)
-    return CpuLayout(
-        **{f.name: getattr(plain, f.name) for f in fields(plain)},
-        chunks_B4=torch.tensor(list(chunks), dtype=torch.int64).view(-1, 4),
-    )
+    @functools.cached_property
+    def chunks(self) -> Tensor:
+        """int64 [B, 4]: first query row, queries, keys without the prefix, prefix entries."""
+        rows = itertools.pairwise(self.query_starts)
+        each = zip(rows, self.kv_lengths, self.prefix_lengths, strict=True)
+        numbers = [(start, stop - start, keys, prefix) for (start, stop), keys, prefix in each]
+        return torch.tensor(numbers, dtype=torch.int64).view(-1, 4)
 
 
 def attention_paged(
@@ -148,7 +126,7 @@ def attention_paged(
     window: int | None = None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.attention_paged`, row-invariant; needs a layout of this module's `paged_layout`."""
+    """`reference.attention_paged`, row-invariant; needs a `CpuLayout`."""
     reference.check_attention(q_TNH, key_cache_PSKH, value_cache_PSKH)
     if not isinstance(layout, CpuLayout):
         raise ValueError(f"layout must come from this backend's paged_layout, got {type(layout).__name__}")
@@ -162,7 +140,7 @@ def attention_paged(
         q_TNH.contiguous(),
         key_cache_PSKH,
         value_cache_PSKH,
-        layout.chunks_B4,
+        layout.chunks,
         layout.block_table_BM.contiguous(),
         layout.prefix_table_BM.contiguous(),
         torch.tensor(heads, dtype=torch.int64),

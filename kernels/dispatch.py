@@ -68,7 +68,7 @@ def compiled(isa: str, rule: invariance.RowRule) -> Ops:
         rms_norm=cpu_ops.rms_norm,
         rotary=cpu_ops.rotary,
         silu_gate=cpu_ops.silu_gate,
-        paged_layout=cpu_ops.paged_layout,
+        paged_layout=cpu_ops.CpuLayout.build,
         attention_paged=cpu_ops.attention_paged,
     )
 

@@ -14,6 +14,7 @@ Queries are packed in chunk order; the last query of a chunk is at position `kv_
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class PagedLayout:
         prefix_lengths: Sequence[int] | None = None,
         prefix_tables: Sequence[Sequence[int]] | Tensor | None = None,
         device: torch.device | str = "cpu",
-    ) -> "PagedLayout":
+    ) -> Self:
         """Checks the counts and pads the tables; ValueError names the argument that doesn't fit.
 
         `query_lengths[b] >= 1` queries of chunk b end at position `kv_lengths[b] - 1`. `block_tables` holds

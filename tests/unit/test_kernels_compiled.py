@@ -4,7 +4,6 @@ import ctypes
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -62,13 +61,6 @@ for dtype in (torch.float32, torch.bfloat16):
             assert error <= 2 * allowed + torch.finfo(dtype).eps * exact.abs().max(), (name, dtype, error, allowed)
 print("checked")
 """
-
-
-@pytest.fixture
-def thread_counts() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -95,13 +94,6 @@ def make_world(dtype, *, lengths, prefixes, heads, head_dim=16, page_size=16, se
         prefix_tables=[shared[p] for p in prefixes],
         caches=caches,
     )
-
-
-@pytest.fixture
-def thread_counts() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 SHAPES = [
