@@ -271,11 +271,7 @@ void attend(const PagedAttention& args, const Part& part) {
 
 }  // namespace
 
-#define CAT_(a, b) a##b
-#define CAT(a, b) CAT_(a, b)
-
-extern "C" __attribute__((visibility("hidden"))) void CAT(attend_, ISA)(const PagedAttention& args, const Part& part,
-                                                                        bool is_bf16) {
+KERNEL(attend)(const PagedAttention& args, const Part& part, bool is_bf16) {
   if (is_bf16)
     attend<bf16>(args, part);
   else

@@ -6,45 +6,35 @@
 #include <stdexcept>
 #include <string>
 
-#define DECLARE(isa)                                                                                                   \
-  extern "C" void attend_##isa(const PagedAttention&, const Part&, bool);                                              \
-  extern "C" void linear_##isa(const LinearArgs&, int64_t, int64_t, int64_t, int64_t, bool);                           \
-  extern "C" void pack_##isa(void*, const void*, int64_t, int64_t, int64_t, int64_t, bool);                            \
-  extern "C" void unpack_##isa(void*, const void*, const int64_t*, int64_t, int64_t, int64_t, bool);                    \
-  extern "C" void silu_gate_##isa(void*, const void*, const void*, int64_t, int64_t, bool);                            \
-  extern "C" void rms_norm_##isa(void*, const void*, const void*, float, int64_t, int64_t, int64_t, bool);             \
-  extern "C" void rotary_##isa(void*, const void*, const float*, const float*, int64_t, int64_t, int64_t, int64_t, bool);
-#define KERNELS(isa) Kernels{#isa, attend_##isa, linear_##isa, pack_##isa, unpack_##isa, silu_gate_##isa, rms_norm_##isa, rotary_##isa}
-
-#ifdef ONEMESH_SSE42
-DECLARE(sse42)
-#endif
-#ifdef ONEMESH_AVX2
-DECLARE(avx2)
-#endif
-#ifdef ONEMESH_AVX512
-DECLARE(avx512)
-#endif
-#ifdef ONEMESH_AVX512BF16
-DECLARE(avx512bf16)
-#endif
-DECLARE(generic)
-
 // Best first; the build leaves out what the compiler doesn't know.
-static const Kernels ALL[] = {
 #ifdef ONEMESH_AVX512BF16
-    KERNELS(avx512bf16),
+extern "C" const Kernels kernels_avx512bf16;
 #endif
 #ifdef ONEMESH_AVX512
-    KERNELS(avx512),
+extern "C" const Kernels kernels_avx512;
 #endif
 #ifdef ONEMESH_AVX2
-    KERNELS(avx2),
+extern "C" const Kernels kernels_avx2;
 #endif
 #ifdef ONEMESH_SSE42
-    KERNELS(sse42),
+extern "C" const Kernels kernels_sse42;
 #endif
-    KERNELS(generic),
+extern "C" const Kernels kernels_generic;
+
+static const Kernels* const ALL[] = {
+#ifdef ONEMESH_AVX512BF16
+    &kernels_avx512bf16,
+#endif
+#ifdef ONEMESH_AVX512
+    &kernels_avx512,
+#endif
+#ifdef ONEMESH_AVX2
+    &kernels_avx2,
+#endif
+#ifdef ONEMESH_SSE42
+    &kernels_sse42,
+#endif
+    &kernels_generic,
 };
 
 static bool has(const std::string& isa) {
@@ -65,10 +55,10 @@ static const Kernels* choose() {
   const char* wanted = std::getenv("ONEMESH_CPU_ISA");
   if (wanted && !*wanted) wanted = nullptr;
   std::string known;
-  for (const Kernels& one : ALL) {
-    if (!has(one.name)) continue;
-    if (!wanted || !std::strcmp(wanted, one.name)) return &one;
-    known += known.empty() ? one.name : std::string(", ") + one.name;
+  for (const Kernels* one : ALL) {
+    if (!has(one->name)) continue;
+    if (!wanted || !std::strcmp(wanted, one->name)) return one;
+    known += known.empty() ? one->name : std::string(", ") + one->name;
   }
   throw std::runtime_error("ONEMESH_CPU_ISA=" + std::string(wanted) + " is not one of " + known);
 }

@@ -155,11 +155,7 @@ void unpack(E* out, const E* packed, const int64_t* ids, int64_t in_width, int64
 
 }  // namespace
 
-#define CAT_(a, b) a##b
-#define CAT(a, b) CAT_(a, b)
-#define FOR_ISA(name) extern "C" __attribute__((visibility("hidden"))) void CAT(name##_, ISA)
-
-FOR_ISA(linear)(const LinearArgs& args, int64_t first_panel, int64_t last_panel, int64_t first_row, int64_t last_row,
+KERNEL(linear)(const LinearArgs& args, int64_t first_panel, int64_t last_panel, int64_t first_row, int64_t last_row,
                 bool is_bf16) {
   if (is_bf16)
     linear<Bfloat16>(args, first_panel, last_panel, first_row, last_row);
@@ -167,7 +163,7 @@ FOR_ISA(linear)(const LinearArgs& args, int64_t first_panel, int64_t last_panel,
     linear<Float32>(args, first_panel, last_panel, first_row, last_row);
 }
 
-FOR_ISA(pack)(void* packed, const void* w, int64_t out_width, int64_t in_width, int64_t first_panel, int64_t last_panel,
+KERNEL(pack)(void* packed, const void* w, int64_t out_width, int64_t in_width, int64_t first_panel, int64_t last_panel,
               bool is_bf16) {
   if (is_bf16)
     pack((bf16*)packed, (const bf16*)w, out_width, in_width, first_panel, last_panel);
@@ -175,7 +171,7 @@ FOR_ISA(pack)(void* packed, const void* w, int64_t out_width, int64_t in_width, 
     pack((float*)packed, (const float*)w, out_width, in_width, first_panel, last_panel);
 }
 
-FOR_ISA(unpack)(void* out, const void* packed, const int64_t* ids, int64_t in_width, int64_t first, int64_t last,
+KERNEL(unpack)(void* out, const void* packed, const int64_t* ids, int64_t in_width, int64_t first, int64_t last,
                 bool is_bf16) {
   if (is_bf16)
     unpack((bf16*)out, (const bf16*)packed, ids, in_width, first, last);

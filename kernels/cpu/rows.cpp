@@ -57,18 +57,14 @@ void rotary(T* out, const T* x, const float* cos, const float* sin, int64_t num_
 
 }  // namespace
 
-#define CAT_(a, b) a##b
-#define CAT(a, b) CAT_(a, b)
-#define FOR_ISA(name) extern "C" __attribute__((visibility("hidden"))) void CAT(name##_, ISA)
-
-FOR_ISA(silu_gate)(void* out, const void* gate, const void* up, int64_t first, int64_t last, bool is_bf16) {
+KERNEL(silu_gate)(void* out, const void* gate, const void* up, int64_t first, int64_t last, bool is_bf16) {
   if (is_bf16)
     silu_gate((bf16*)out, (const bf16*)gate, (const bf16*)up, first, last);
   else
     silu_gate((float*)out, (const float*)gate, (const float*)up, first, last);
 }
 
-FOR_ISA(rms_norm)(void* out, const void* x, const void* weight, float eps, int64_t width, int64_t first, int64_t last,
+KERNEL(rms_norm)(void* out, const void* x, const void* weight, float eps, int64_t width, int64_t first, int64_t last,
                   bool is_bf16) {
   if (is_bf16)
     rms_norm((bf16*)out, (const bf16*)x, (const bf16*)weight, eps, width, first, last);
@@ -76,7 +72,7 @@ FOR_ISA(rms_norm)(void* out, const void* x, const void* weight, float eps, int64
     rms_norm((float*)out, (const float*)x, (const float*)weight, eps, width, first, last);
 }
 
-FOR_ISA(rotary)(void* out, const void* x, const float* cos, const float* sin, int64_t num_heads, int64_t head_dim,
+KERNEL(rotary)(void* out, const void* x, const float* cos, const float* sin, int64_t num_heads, int64_t head_dim,
                 int64_t first, int64_t last, bool is_bf16) {
   if (is_bf16)
     rotary((bf16*)out, (const bf16*)x, cos, sin, num_heads, head_dim, first, last);
