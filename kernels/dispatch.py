@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kernels import cpu_ops, invariance, reference, tiles, torch_ops
+from kernels import cpu_linear, cpu_loss, cpu_ops, invariance, reference, tiles, torch_ops
 from kernels.ops import Ops, Rows
 from kernels.paged import PagedLayout
 
@@ -22,11 +22,16 @@ REFERENCE = Ops(
     name="reference",
     pack=unpacked,
     linear=reference.linear,
+    linears=reference.linears,
+    input_gradient=reference.input_gradient,
+    add_weight_gradient=reference.add_weight_gradient,
     embedding=reference.embedding,
     rms_norm=reference.rms_norm,
     rotary=reference.rotary,
     silu_gate=reference.silu_gate,
     log_softmax=reference.log_softmax,
+    log_sum_exp=reference.log_sum_exp,
+    loss_gradient=reference.loss_gradient,
     attention_varlen=reference.attention_varlen,
     attention_prefix=reference.attention_prefix,
     merge_attention=reference.merge_attention,
@@ -42,11 +47,16 @@ def torch_cpu(rule: invariance.RowRule) -> Ops:
         name=f"torch-cpu ({rule.linears}; {rule.attention})",
         pack=unpacked,
         linear=functools.partial(torch_ops.linear, product=rule.product, min_rows=rule.min_rows),
+        linears=functools.partial(torch_ops.linears, product=rule.product, min_rows=rule.min_rows),
+        input_gradient=reference.input_gradient,
+        add_weight_gradient=functools.partial(torch_ops.add_weight_gradient, product=rule.product),
         embedding=reference.embedding,
         rms_norm=torch_ops.rms_norm,
         rotary=reference.rotary,
         silu_gate=torch_ops.silu_gate,
         log_softmax=reference.log_softmax,
+        log_sum_exp=reference.log_sum_exp,
+        loss_gradient=reference.loss_gradient,
         attention_varlen=torch_ops.attention_varlen,
         attention_prefix=torch_ops.attention_prefix,
         merge_attention=reference.merge_attention,
@@ -57,14 +67,18 @@ def torch_cpu(rule: invariance.RowRule) -> Ops:
 
 
 def compiled(isa: str, rule: invariance.RowRule) -> Ops:
-    """The C++ backend; linears of weights that aren't packed and the attention of training are torch's."""
-    plain = torch_cpu(rule)
+    """The C++ backend; the attention of training is torch's."""
     return replace(
-        plain,
-        name=f"cpu {isa} (unpacked weights: {rule.linears})",
-        pack=cpu_ops.pack,
-        linear=functools.partial(cpu_ops.linear, plain=plain.linear),
-        embedding=cpu_ops.embedding,
+        torch_cpu(rule),
+        name=f"cpu {isa}",
+        pack=cpu_linear.pack,
+        linear=cpu_linear.linear,
+        linears=cpu_linear.linears,
+        input_gradient=cpu_linear.input_gradient,
+        add_weight_gradient=cpu_linear.add_weight_gradient,
+        embedding=cpu_linear.embedding,
+        log_sum_exp=cpu_loss.log_sum_exp,
+        loss_gradient=cpu_loss.loss_gradient,
         rms_norm=cpu_ops.rms_norm,
         rotary=cpu_ops.rotary,
         silu_gate=cpu_ops.silu_gate,

@@ -1,6 +1,6 @@
 """The set of functions that a backend offers, and the form in which it may keep frozen weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,13 +12,14 @@ Rows = Callable[[int, int], Tensor]
 """Rows first .. last - 1 of a weight: a backend that packs asks for a few at a time."""
 
 
-@dataclass(frozen=True)
 class Packed:
     """A frozen weight in a backend's own layout; only that backend's `linear` and `embedding` read it."""
 
-    data: Tensor
-    shape: tuple[int, int]
-    """[N, K] of the weight."""
+    def __init__(self, data: Tensor, shape: tuple[int, int], transpose: "Callable[[Packed], Packed]") -> None:
+        """`shape`: [N, K] of the weight. `transpose` makes the pack of its transpose."""
+        self.data, self.shape = data, shape
+        self._transpose = transpose
+        self._transposed: Packed | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -30,6 +31,38 @@ class Packed:
         if dtype != self.dtype:
             raise ValueError(f"a weight packed in {self.dtype} can't be used in {dtype}")
         return self
+
+    def transposed(self) -> "Packed":
+        """The pack of the transpose, which gradients need: made when first asked for, then kept."""
+        if self._transposed is None:
+            self._transposed = self._transpose(self)
+        return self._transposed
+
+
+Weight = Tensor | Packed
+"""A matrix [N, K] of a linear: in the compute dtype or, where it trains, as its master in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank:
+    """The update `(x a^T) b^T` of rows start .. stop - 1 of a linear (LoRA, arXiv:2106.09685, sec. 4.1)."""
+
+    start: int
+    stop: int
+    a_RK: Weight
+    b_NR: Weight
+    """Scale included."""
+    x_TK: Tensor | None = None
+    """What `a` multiplies, [stop - start, K]; the linear's own x if None (dropout makes it another)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of several linears of the same x."""
+
+    w_NK: Weight
+    bias_N: Tensor | None = None
+    updates: Sequence[LowRank] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +76,16 @@ class Ops:
     pack: Callable[[tuple[int, int], torch.dtype, Rows], Tensor | Packed]
     """A frozen weight [N, K] in the form that `linear` and `embedding` read fastest."""
     linear: Callable[..., Tensor]
+    linears: Callable[[Tensor, Sequence[Part]], tuple[Tensor, ...]]
+    input_gradient: Callable[[Tensor, Weight], Tensor]
+    add_weight_gradient: Callable[[Tensor, Tensor, Tensor], None]
     embedding: Callable[..., Tensor]
     rms_norm: Callable[..., Tensor]
     rotary: Callable[..., Tensor]
     silu_gate: Callable[..., Tensor]
     log_softmax: Callable[..., Tensor]
+    log_sum_exp: Callable[[Tensor], Tensor]
+    loss_gradient: Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
     attention_varlen: Callable[..., tuple[Tensor, Tensor]]
     attention_prefix: Callable[..., tuple[Tensor, Tensor]]
     merge_attention: Callable[..., tuple[Tensor, Tensor]]

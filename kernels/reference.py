@@ -15,12 +15,13 @@ nothing.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.ops import LowRank, Packed, Part, Weight
 from kernels.paged import PagedLayout
 
 
@@ -63,9 +64,91 @@ def check_bounds(cu_seqlens_B1: Sequence[int] | Tensor, num_tokens: int) -> tupl
     return tuple(bounds)
 
 
-def linear(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """`x @ w^T + bias` -> [T, N] in x.dtype; w and bias have the dtype of x."""
-    return F.linear(x_TK, w_NK, bias_N)
+def check_linear(x_TK: Tensor, w_NK: Weight, bias_N: Tensor | None, updates: Sequence[LowRank]) -> None:
+    """ValueError unless the shapes fit, bias has the dtype of x, and updates rise without overlap."""
+    if x_TK.dim() != 2 or len(w_NK.shape) != 2 or x_TK.shape[1] != w_NK.shape[1]:
+        raise ValueError(f"linear: x {tuple(x_TK.shape)} and w {tuple(w_NK.shape)} must be [T, K] and [N, K]")
+    if w_NK.dtype not in (x_TK.dtype, working_dtype(x_TK.dtype)):
+        raise ValueError(f"linear: x is {x_TK.dtype}, w is {w_NK.dtype}; w must have that dtype or be its master")
+    if bias_N is not None and (bias_N.dtype != x_TK.dtype or bias_N.shape != w_NK.shape[:1]):
+        raise ValueError(
+            f"linear: bias {tuple(bias_N.shape)} in {bias_N.dtype} must be [{w_NK.shape[0]}] in {x_TK.dtype}"
+        )
+    done = 0
+    for update in updates:
+        if not done <= update.start <= update.stop <= x_TK.shape[0]:
+            raise ValueError(
+                f"linear: update of rows {update.start} .. {update.stop} must lie in {done} .. {len(x_TK)}"
+            )
+        rank = update.a_RK.shape[0]
+        if tuple(update.a_RK.shape) != (rank, x_TK.shape[1]) or tuple(update.b_NR.shape) != (w_NK.shape[0], rank):
+            raise ValueError(
+                f"linear: factors a {tuple(update.a_RK.shape)} and b {tuple(update.b_NR.shape)} must be "
+                f"[R, {x_TK.shape[1]}] and [{w_NK.shape[0]}, R]"
+            )
+        done = update.stop
+
+
+def linear(
+    x_TK: Tensor,
+    w_NK: Weight,
+    bias_N: Tensor | None = None,
+    updates: Sequence[LowRank] = (),
+    *,
+    wide: bool = False,
+) -> Tensor:
+    """`x @ w^T + bias`, plus each update on its rows -> [T, N] in x.dtype, or with `wide` in the working dtype.
+
+    w and the factors have the dtype of x or are masters in its working dtype, rounded to the dtype of x first. What an
+    update's first factor gives is rounded to x.dtype; how often the sum is rounded, a backend may choose.
+    """
+    return composed_linear(x_TK, w_NK, bias_N, updates, wide, F.linear)
+
+
+def linears(x_TK: Tensor, parts: Sequence[Part]) -> tuple[Tensor, ...]:
+    """`linear` of one x with every part: a tuple of [T, N_i], which may be columns of one tensor."""
+    return tuple(linear(x_TK, part.w_NK, part.bias_N, part.updates) for part in parts)
+
+
+def composed_linear(
+    x_TK: Tensor,
+    w_NK: Weight,
+    bias_N: Tensor | None,
+    updates: Sequence[LowRank],
+    wide: bool,
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+) -> Tensor:
+    """`linear` out of plain products `product(x, w, bias)`."""
+    check_linear(x_TK, w_NK, bias_N, updates)
+    dtype = x_TK.dtype
+    out = product(x_TK, _plain(w_NK, dtype), bias_N)
+    if updates:
+        parts, done = [], 0
+        for update in updates:
+            x = x_TK[update.start : update.stop] if update.x_TK is None else update.x_TK
+            hidden = product(x, _plain(update.a_RK, dtype), None)
+            low_rank = product(hidden, _plain(update.b_NR, dtype), None)
+            parts += [out[done : update.start], out[update.start : update.stop] + low_rank]
+            done = update.stop
+        out = torch.cat([*parts, out[done:]])
+    return out.to(working_dtype(dtype)) if wide else out
+
+
+def _plain(w_NK: Weight, dtype: torch.dtype) -> Tensor:
+    if isinstance(w_NK, Packed):
+        raise ValueError("linear: the weight is packed for another backend")
+    return w_NK.to(dtype)
+
+
+def input_gradient(grad_TN: Tensor, w_NK: Weight) -> Tensor:
+    """`grad @ w` -> [T, K] in the working dtype: the gradient of a linear's x. Not differentiable."""
+    return (grad_TN @ _plain(w_NK, grad_TN.dtype)).to(working_dtype(grad_TN.dtype))
+
+
+def add_weight_gradient(out_NK: Tensor, grad_TN: Tensor, x_TK: Tensor) -> None:
+    """`out += grad^T x`, in place, out in the working dtype."""
+    work = out_NK.dtype
+    out_NK += grad_TN.to(work).t() @ x_TK.to(work)
 
 
 def embedding(ids_T: Tensor, w_VD: Tensor) -> Tensor:
@@ -106,6 +189,23 @@ def silu_gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
 def log_softmax(logits_BV: Tensor) -> Tensor:
     """Log-probabilities over the last dim -> [B, V] in the working dtype (float32, or float64 for float64)."""
     return torch.log_softmax(logits_BV.to(working_dtype(logits_BV.dtype)), dim=-1)
+
+
+def log_sum_exp(logits_BV: Tensor) -> Tensor:
+    """`log(sum(exp(row)))` -> [B] in the working dtype. Not differentiable in the fast backends."""
+    return torch.logsumexp(logits_BV.to(working_dtype(logits_BV.dtype)), dim=-1)
+
+
+def loss_gradient(logits_BV: Tensor, lse_B: Tensor, target_B: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradient of `lse - logits[target]` by the logits -> [B, V], computed in their dtype and rounded to `dtype`.
+
+    lse: of the whole vocabulary, of which these may be some columns. target: int64 columns, -1 where it isn't among
+    them. Not differentiable.
+    """
+    grad = (logits_BV - lse_B[:, None]).exp_()
+    hit = (target_B >= 0).nonzero()[:, 0]
+    grad[hit, target_B[hit]] -= 1
+    return grad.to(dtype)
 
 
 def _attend(

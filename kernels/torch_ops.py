@@ -18,30 +18,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import autograd, reference
+from kernels.ops import LowRank, Part, Weight
 from kernels.paged import PagedLayout
 from kernels.tiles import Tile, TiledLayout
 
 
 def linear(
     x_TK: Tensor,
-    w_NK: Tensor,
+    w_NK: Weight,
     bias_N: Tensor | None = None,
+    updates: Sequence[LowRank] = (),
     *,
+    wide: bool = False,
     product: autograd.Product,
     min_rows: int,
 ) -> Tensor:
     """`reference.linear`, row-invariant if one row of the product has the bits of any `min_rows` or more."""
-    _check_linear(x_TK, w_NK, bias_N)
-    if torch.is_grad_enabled():
-        return autograd.Linear.apply(x_TK, w_NK, bias_N, product, min_rows)
-    return autograd.padded_linear(x_TK, w_NK, bias_N, product, min_rows)
+
+    def one(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        if torch.is_grad_enabled():
+            return autograd.Linear.apply(x, w, bias, product, min_rows)
+        return autograd.padded_linear(x, w, bias, product, min_rows)
+
+    return reference.composed_linear(x_TK, w_NK, bias_N, updates, wide, one)
 
 
-def _check_linear(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> None:
-    if x_TK.dim() != 2 or w_NK.dim() != 2 or x_TK.shape[1] != w_NK.shape[1]:
-        raise ValueError(f"linear: x {tuple(x_TK.shape)} and w {tuple(w_NK.shape)} must be [T, K] and [N, K]")
-    if x_TK.dtype != w_NK.dtype or (bias_N is not None and bias_N.dtype != x_TK.dtype):
-        raise ValueError(f"linear: x is {x_TK.dtype}, w is {w_NK.dtype}; x, w and bias must have one dtype")
+def linears(x_TK: Tensor, parts: Sequence[Part], *, product: autograd.Product, min_rows: int) -> tuple[Tensor, ...]:
+    """`reference.linears`, one by one."""
+    return tuple(
+        linear(x_TK, part.w_NK, part.bias_N, part.updates, product=product, min_rows=min_rows) for part in parts
+    )
+
+
+def add_weight_gradient(out_NK: Tensor, grad_TN: Tensor, x_TK: Tensor, *, product: autograd.Product) -> None:
+    """`reference.add_weight_gradient`, the product rounded to the dtype of x before it is added."""
+    out_NK += product(grad_TN.t(), x_TK.t(), None)
 
 
 def rms_norm(x_TD: Tensor, w_D: Tensor, eps: float) -> Tensor:

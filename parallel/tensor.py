@@ -7,14 +7,14 @@ uneven; weights hold exactly this rank's block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from conf.schema import Architecture
-from kernels.ops import Ops, Packed
+from kernels.ops import LowRank, Ops, Packed, Part, Weight
 from parallel import regions
 from parallel.comm import Group
 from parallel.model.step import Segment, Step
@@ -36,7 +36,7 @@ class Build:
     trainable: bool
     """Whether the model's own weights train (then they are stored in `master_dtype`)."""
     packed: bool
-    """Whether matrices are kept in the backend's own layout: for serving, where nothing needs their gradients."""
+    """Whether matrices are kept in the backend's own layout: where nothing needs their gradients."""
     read: Callable[[Spec, torch.dtype], Tensor]
     """Returns the block of a parameter; reads nothing else."""
 
@@ -72,27 +72,31 @@ class Lora(nn.Module):
 
     def __init__(
         self,
-        a_RK: nn.Parameter,
-        b_NR: nn.Parameter,
+        a_RK: nn.Parameter | Weight,
+        b_NR: nn.Parameter | Weight,
         specs: tuple[Spec, Spec],
         *,
         scale: float,
         rate: float,
-        ops: Ops,
     ) -> None:
+        """Factors that train are parameters; frozen ones may be in the backend's own layout, B with scale 1 then."""
         super().__init__()
         self.a_RK, self.b_NR = a_RK, b_NR
         self.specs = {"a_RK": specs[0], "b_NR": specs[1]}
-        self.scale, self.rate, self.ops = scale, rate, ops
+        self.scale, self.rate = scale, rate
 
-    def forward(self, x_TK: Tensor, step: Step) -> Tensor:
-        """The update [T, N] in x's dtype; partial where the linear is row-parallel."""
+    def forward(self, x_TK: Tensor, segment: Segment, step: Step) -> LowRank:
+        """What the segment's tokens of a linear's input x [T, K] add to its output."""
+        x = None
         if self.rate > 0 and step.dropout is not None:
             first = self.specs["a_RK"].index[1].start
             keep = keep_mask(step.dropout, self.specs["a_RK"].name, first, x_TK.shape[1], self.rate)
-            x_TK = torch.where(keep, x_TK / (1 - self.rate), 0.0)
-        hidden_TR = self.ops.linear(x_TK, self.a_RK.to(x_TK.dtype), None)
-        return self.ops.linear(hidden_TR, self.b_NR.to(x_TK.dtype), None) * self.scale
+            x = torch.where(keep, x_TK / (1 - self.rate), 0.0)[segment.start : segment.stop]
+        b_NR = self.b_NR
+        if self.scale != 1:
+            assert isinstance(b_NR, Tensor), "a packed factor includes its scale"
+            b_NR = b_NR * self.scale
+        return LowRank(start=segment.start, stop=segment.stop, a_RK=self.a_RK, b_NR=b_NR, x_TK=x)
 
 
 class Linear(nn.Module):
@@ -114,31 +118,26 @@ class Linear(nn.Module):
 
     def forward(self, x_TK: Tensor, step: Step) -> Tensor:
         """[T, K] -> [T, N], local or reduced as the class says."""
-        bias = None if self.bias is None else self.bias.to(x_TK.dtype)
-        y_TN = self.ops.linear(x_TK, self.weight.to(x_TK.dtype), None if self.row else bias)
-        y_TN = self._with_adapters(x_TK, y_TN, step)
+        part = self.part(x_TK, step)
         if not self.row:
-            return y_TN
-        y_TN = regions.leave(y_TN, self.tensor)
-        return y_TN if bias is None else y_TN + bias
+            return self.ops.linear(x_TK, part.w_NK, part.bias_N, part.updates)
+        y_TN = regions.leave(self.ops.linear(x_TK, part.w_NK, None, part.updates), self.tensor)
+        return y_TN if part.bias_N is None else y_TN + part.bias_N
 
-    def _with_adapters(self, x_TK: Tensor, y_TN: Tensor, step: Step) -> Tensor:
-        live = [segment for segment in step.adapters if str(segment.slot) in self.adapters]
-        if not live:
-            return y_TN
-        if live[0].start == 0 and live[0].stop == x_TK.shape[0]:
-            return y_TN + self._update(x_TK, live[0], step)
-        pieces: list[Tensor] = []
-        done = 0
-        for segment in live:
-            pieces.append(y_TN[done : segment.start])
-            pieces.append(y_TN[segment.start : segment.stop] + self._update(x_TK, segment, step))
-            done = segment.stop
-        pieces.append(y_TN[done:])
-        return torch.cat(pieces)
+    def part(self, x_TK: Tensor, step: Step) -> Part:
+        """What the kernel multiplies x with: weight, bias, and the adapters of this step."""
+        updates = [
+            self.adapters[str(segment.slot)](x_TK, segment, step)
+            for segment in step.adapters
+            if str(segment.slot) in self.adapters
+        ]
+        return Part(self.weight, None if self.bias is None else self.bias.to(x_TK.dtype), updates)
 
-    def _update(self, x_TK: Tensor, segment: Segment, step: Step) -> Tensor:
-        return self.adapters[str(segment.slot)](x_TK[segment.start : segment.stop], step)
+
+def together(linears: Sequence[Linear], x_TK: Tensor, step: Step) -> tuple[Tensor, ...]:
+    """Column-parallel linears of the same x in one kernel call: their outputs [T, N_i/tp]."""
+    assert not any(linear.row for linear in linears), "row-parallel linears are reduced one by one"
+    return linears[0].ops.linears(x_TK, [linear.part(x_TK, step) for linear in linears])
 
 
 class Embedding(nn.Module):

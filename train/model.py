@@ -76,11 +76,9 @@ class Model:
         x = decoder(batch.ids_T if hidden is None else hidden, step)
         if not decoder.stage.is_last:
             return x
-        head = decoder.head_weight
-        assert isinstance(head, nn.Parameter), "weights are packed for serving alone"
         return cross_entropy(
             x,
-            head,
+            decoder.head_weight,
             batch.target_ids,
             first_row=decoder.here.vocab[0],
             tensor=decoder.tensor,
@@ -110,9 +108,10 @@ def build_model(
     stages = config.parallel.stages
     assert not isinstance(stages, str), "stages of an unchecked config"
     tune, architecture = config.tune, weights.architecture
-    decoder = build_decoder(weights, mesh, stages, dtype=dtype, ops=ops, trainable=tune.kind == "full", device=device)
+    full = tune.kind == "full"
+    decoder = build_decoder(weights, mesh, stages, dtype=dtype, ops=ops, trainable=full, packed=not full, device=device)
     recompute = config.parallel.recompute == "full"
-    if tune.kind == "full":
+    if full:
         return Model(decoder, mesh, None, None, recompute)
     adapter = from_tune(tune, architecture)
     if adapter.kind == "lora":

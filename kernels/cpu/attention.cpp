@@ -55,24 +55,6 @@ inline vf load_units(const T* row, int64_t first, int64_t count) {
   }
 }
 
-inline void transpose(vf (&v)[W]) {
-#pragma GCC unroll 4
-  for (int step = 1; step < W; step *= 2) {
-    vi low, high;
-    for (int lane = 0; lane < W; ++lane) {
-      low[lane] = lane & step ? W + lane - step : lane;
-      high[lane] = lane & step ? W + lane : lane + step;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i)
-      if (!(i & step)) {
-        const vf a = v[i], b = v[i + step];
-        v[i] = __builtin_shuffle(a, b, low);
-        v[i + step] = __builtin_shuffle(a, b, high);
-      }
-  }
-}
-
 inline int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // One thread's room, laid out for its part.

@@ -25,26 +25,61 @@ struct Part {
 
 // Columns of a panel of packed weights (`linear.cpp`).
 constexpr int PANEL = 48;
+inline int64_t panels_of(int64_t out_width) { return (out_width + PANEL - 1) / PANEL; }
 
-// y = x w^T (+ bias).
-struct LinearArgs {
-  void* out;           // [T, N]
-  const void* x;       // [T, K]
+constexpr int MOST_PRODUCTS = 4;
+
+// One term x w^T of a sum.
+struct Product {
+  const void* x;  // [T, K]
+  int64_t x_stride, in_width;
   const void* weight;  // packed
-  const void* bias;    // [N] or null
-  int64_t out_width, in_width;  // N, K
+};
+
+// out = sum of products (+ bias), by chains of multiply-adds in float32.
+struct LinearArgs {
+  void* out;  // [T, N]
+  int64_t rows, out_stride, out_width;
+  const void* bias;  // [N] or null
+  Product products[MOST_PRODUCTS];
+  int num_products;
+  bool float_out;   // float32 whatever the operands are
+  bool accumulate;  // the chains go on from what stands in a float32 out
+};
+
+// A matrix w [N, K] into panels; its element [n, k] stands at n * row_stride + k * column_stride, one stride is 1.
+struct PackArgs {
+  void* to;
+  const void* from;
+  int64_t row_stride, column_stride, out_width, in_width;
+  bool from_bf16, to_bf16;
+};
+
+// x [T, N] into [N, T rounded up to whole units].
+struct TransposeArgs {
+  void* to;
+  const void* from;
+  int64_t stride, rows;
 };
 
 // Every kernel and its arguments. Compiled once per instruction set as <name>_<ISA> (KERNEL below defines one).
 #define EVERY_KERNEL(X)                                                                                                \
   X(attend, (const PagedAttention&, const Part&, bool is_bf16))                                                        \
-  X(linear, (const LinearArgs&, int64_t first_panel, int64_t last_panel, int64_t first_row, int64_t last_row,          \
+  /* thread's share of calls [parts][segments]: parts differ in columns, segments in rows, x and out point there */   \
+  X(linear, (const LinearArgs* calls, int64_t parts, int64_t segments, int64_t thread, int64_t threads, bool is_bf16)) \
+  X(pack, (const PackArgs&, int64_t first_panel, int64_t last_panel))                                                  \
+  /* columns [first, last) of x */                                                                                     \
+  X(transpose_rows, (const TransposeArgs&, int64_t first, int64_t last, bool is_bf16))                                 \
+  /* rows of panels [first, last) */                                                                                   \
+  X(unpack, (void* out, const void* packed, int64_t out_width, int64_t in_width, int64_t first, int64_t last,          \
              bool is_bf16))                                                                                            \
-  X(pack, (void* packed, const void* w, int64_t out_width, int64_t in_width, int64_t first_panel, int64_t last_panel,  \
-           bool is_bf16))                                                                                              \
   /* rows ids[first..last) of the packed weight */                                                                     \
-  X(unpack, (void* out, const void* packed, const int64_t* ids, int64_t in_width, int64_t first, int64_t last,         \
+  X(gather, (void* out, const void* packed, const int64_t* ids, int64_t in_width, int64_t first, int64_t last,         \
              bool is_bf16))                                                                                            \
+  /* rows [first, last) of float logits [T, width]; target -1: none in these columns */                                \
+  X(log_sum_exp, (float* out, const float* x, int64_t width, int64_t first, int64_t last))                             \
+  X(loss_gradient, (void* out, const float* x, const float* lse, const int64_t* target, int64_t width, int64_t first,  \
+                    int64_t last, bool is_bf16))                                                                       \
   /* elements [first, last) */                                                                                         \
   X(silu_gate, (void* out, const void* gate, const void* up, int64_t first, int64_t last, bool is_bf16))               \
   /* rows [first, last) of [T, width] */                                                                               \

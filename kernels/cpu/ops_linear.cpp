@@ -4,20 +4,19 @@
 
 #include <algorithm>
 #include <optional>
+#include <vector>
 
 #include "checks.h"
 #include "dispatch.h"
 
 namespace {
 
-int64_t panels_of(int64_t out_width) { return (out_width + PANEL - 1) / PANEL; }
-
-void check_packed(const char* op, const Tensor& packed, int64_t out_width, int64_t in_width) {
-  check_floats(op, "packed", packed, 4);
+void check_packed(const char* op, const char* name, const Tensor& packed, int64_t out_width, int64_t in_width) {
+  check_floats(op, name, packed, 4);
   const int64_t per_unit = is_bf16(packed) ? 2 : 1;
   STD_TORCH_CHECK(packed.size(0) == panels_of(out_width) && packed.size(1) == (in_width + per_unit - 1) / per_unit &&
                       packed.size(2) == PANEL && packed.size(3) == per_unit,
-                  op, ": packed is not of a weight [", out_width, ", ", in_width, "]");
+                  op, ": ", name, " is not of a weight [", out_width, ", ", in_width, "]");
 }
 
 Tensor empty_packed(const Tensor like, int64_t out_width, int64_t in_width) {
@@ -27,54 +26,200 @@ Tensor empty_packed(const Tensor like, int64_t out_width, int64_t in_width) {
   return torch::stable::new_empty(like, {panels_of(out_width), (in_width + per_unit - 1) / per_unit, PANEL, per_unit});
 }
 
-void pack_rows(Tensor packed, const Tensor rows, int64_t first) {
-  check_floats("pack_rows", "rows", rows, 2);
-  check_same("pack_rows", "rows", rows, packed);
-  check_packed("pack_rows", packed, packed.size(0) * PANEL, rows.size(1));
-  STD_TORCH_CHECK(first >= 0 && first % PANEL == 0, "pack_rows: first=", first, " must be a multiple of ", PANEL);
-  const int64_t panel = first / PANEL, panels = panels_of(rows.size(0));
-  STD_TORCH_CHECK(panel + panels <= packed.size(0), "pack_rows: ", rows.size(0), " rows from ", first, " on don't fit");
-  char* to = static_cast<char*>(packed.mutable_data_ptr()) + panel * packed.size(1) * PANEL * 4;
+// Packs w, of any strides of which one is 1, into the panels from row `first` on.
+void pack_rows(Tensor packed, const Tensor w, int64_t first) {
+  const char* op = "pack_rows";
+  STD_TORCH_CHECK(w.dim() == 2, op, ": w has ", w.dim(), " dimensions, not 2");
+  STD_TORCH_CHECK(is_bf16(w) || w.scalar_type() == ScalarType::Float, op, ": w must be float32 or bfloat16");
+  const int64_t n = w.size(0), k = w.size(1);
+  const bool by_rows = k <= 1 || w.stride(1) == 1;
+  STD_TORCH_CHECK(by_rows || n <= 1 || w.stride(0) == 1, op, ": w has strides ", w.stride(0), ", ", w.stride(1),
+                  "; one of them must be 1");
+  check_packed(op, "packed", packed, packed.size(0) * PANEL, k);
+  STD_TORCH_CHECK(is_bf16(packed) || !is_bf16(w), op, ": w is bfloat16, packed float32");
+  STD_TORCH_CHECK(first >= 0 && first % PANEL == 0, op, ": first=", first, " must be a multiple of ", PANEL);
+  const int64_t panels = panels_of(n);
+  STD_TORCH_CHECK(first / PANEL + panels <= packed.size(0), op, ": ", n, " rows from ", first, " on don't fit");
+  const PackArgs args{static_cast<char*>(packed.mutable_data_ptr()) + first * packed.size(1) * 4, w.const_data_ptr(),
+                      by_rows ? w.stride(0) : 1, by_rows ? 1 : w.stride(1), n, k, is_bf16(w), is_bf16(packed)};
+  const Kernels& kernel = kernels();
+  torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) { kernel.pack(args, begin, end); });
+}
+
+void check_rows(const char* op, const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 2, op, ": ", name, " has ", x.dim(), " dimensions, not 2");
+  STD_TORCH_CHECK(is_bf16(x) || x.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32 or bfloat16");
+  STD_TORCH_CHECK(x.size(1) <= 1 || x.stride(1) == 1, op, ": ", name, "'s rows are not contiguous");
+}
+
+void run(const std::vector<LinearArgs>& calls, int64_t segments, bool bf16) {
   const Kernels& k = kernels();
-  torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-    k.pack(to, rows.const_data_ptr(), rows.size(0), rows.size(1), begin, end, is_bf16(rows));
+  const int64_t threads = torch::stable::get_num_threads();
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (; first < last; ++first) k.linear(calls.data(), calls.size() / segments, segments, first, threads, bf16);
   });
 }
 
-constexpr int64_t MANY_ROWS = 128;  // from here on threads share rows, below panels
+// What an update adds to rows first .. last - 1 of one part: h b^T.
+struct Update {
+  int64_t part, first, last;
+};
 
-Tensor linear(const Tensor x, const Tensor packed, std::optional<Tensor> bias, int64_t out_width) {
-  check_floats("linear", "x", x, 2);
-  check_same("linear", "packed", packed, x);
-  check_packed("linear", packed, out_width, x.size(1));
-  if (bias) {
-    check_floats("linear", "bias", *bias, 1);
-    check_same("linear", "bias", *bias, x);
-    STD_TORCH_CHECK(bias->size(0) == out_width, "linear: bias has ", bias->size(0), " entries, not ", out_width);
+// The rows where some part's updates change, from 0 to `rows`.
+std::vector<int64_t> cuts(const std::vector<Update>& updates, int64_t rows) {
+  std::vector<int64_t> at{0, rows};
+  for (const Update& u : updates) at.push_back(u.first), at.push_back(u.last);
+  std::sort(at.begin(), at.end());
+  at.erase(std::unique(at.begin(), at.end()), at.end());
+  return at;
+}
+
+// Several linears of one x, their columns side by side: part i is x packed[i]^T (+ bias[i]), `widths[i]` wide. Update j,
+// of part updates[3 j], adds h[j] b[j]^T to rows updates[3 j + 1] .. updates[3 j + 2], in the same chains.
+Tensor linears(const Tensor x, const std::vector<Tensor> packed, const std::vector<std::optional<Tensor>> bias,
+               const std::vector<int64_t> widths, bool float_out, const std::vector<Tensor> h,
+               const std::vector<Tensor> b, const std::vector<int64_t> updates) {
+  const char* op = "linears";
+  const int64_t parts = packed.size(), rows = x.dim() == 2 ? x.size(0) : 0;
+  check_rows(op, "x", x);
+  STD_TORCH_CHECK(bias.size() == packed.size() && widths.size() == packed.size(), op, ": ", parts, " packed, ", bias.size(),
+                  " bias and ", widths.size(), " widths; one of each for every part");
+  int64_t width = 0;
+  for (int64_t i = 0; i < parts; ++i) {
+    check_same(op, "packed", packed[i], x);
+    check_packed(op, "packed", packed[i], widths[i], x.size(1));
+    if (bias[i]) {
+      check_floats(op, "bias", *bias[i], 1);
+      check_same(op, "bias", *bias[i], x);
+      STD_TORCH_CHECK(bias[i]->size(0) == widths[i], op, ": bias has ", bias[i]->size(0), " entries, not ", widths[i]);
+    }
+    width += widths[i];
   }
-  Tensor out = torch::stable::new_empty(x, {x.size(0), out_width});
-  const LinearArgs args{out.mutable_data_ptr(), x.const_data_ptr(), packed.const_data_ptr(),
-                        bias ? bias->const_data_ptr() : nullptr, out_width, x.size(1)};
+  STD_TORCH_CHECK(h.size() == b.size() && 3 * h.size() == updates.size(), op, ": ", h.size(), " h, ", b.size(), " b and ",
+                  updates.size(), " numbers of updates; three for each h and b");
+  std::vector<Update> where;
+  for (size_t j = 0; j < h.size(); ++j) {
+    const Update u{updates[3 * j], updates[3 * j + 1], updates[3 * j + 2]};
+    STD_TORCH_CHECK(u.part >= 0 && u.part < parts, op, ": update ", j, " is of part ", u.part, " of ", parts);
+    STD_TORCH_CHECK(0 <= u.first && u.first <= u.last && u.last <= rows, op, ": update ", j, " of rows ", u.first, ", ",
+                    u.last, " must rise within ", rows, " rows");
+    for (const Update& other : where)
+      STD_TORCH_CHECK(other.part != u.part || other.last <= u.first || u.last <= other.first || u.first == u.last, op,
+                      ": update ", j, " overlaps another of part ", u.part);
+    check_rows(op, "h", h[j]);
+    check_same(op, "h", h[j], x);
+    check_same(op, "b", b[j], x);
+    STD_TORCH_CHECK(h[j].size(0) == u.last - u.first, op, ": h[", j, "] has ", h[j].size(0), " rows, not ", u.last - u.first);
+    check_packed(op, "b", b[j], widths[u.part], h[j].size(1));
+    where.push_back(u);
+  }
+  const bool bf16 = is_bf16(x);
+  const int64_t size = bf16 ? 2 : 4, out_size = float_out ? 4 : size;
+  Tensor out = torch::stable::new_empty(x, {rows, width}, float_out ? ScalarType::Float : x.scalar_type());
+  const std::vector<int64_t> at = cuts(where, rows);
+  const int64_t segments = at.size() - 1;
+  std::vector<LinearArgs> calls(parts * segments);
+  int64_t column = 0;
+  for (int64_t i = 0; i < parts; ++i) {
+    for (int64_t s = 0; s < segments; ++s) {
+      LinearArgs& args = calls[i * segments + s];
+      args.out = static_cast<char*>(out.mutable_data_ptr()) + (at[s] * width + column) * out_size;
+      args.rows = at[s + 1] - at[s], args.out_stride = width, args.out_width = widths[i];
+      args.bias = bias[i] ? bias[i]->const_data_ptr() : nullptr;
+      args.products[0] = {static_cast<const char*>(x.const_data_ptr()) + at[s] * x.stride(0) * size, x.stride(0), x.size(1),
+                          packed[i].const_data_ptr()};
+      args.num_products = 1, args.float_out = float_out || !bf16;
+      for (size_t j = 0; j < where.size(); ++j) {
+        if (where[j].part != i || where[j].first > at[s] || where[j].last < at[s + 1]) continue;
+        const char* from = static_cast<const char*>(h[j].const_data_ptr()) + (at[s] - where[j].first) * h[j].stride(0) * size;
+        args.products[args.num_products++] = {from, h[j].stride(0), h[j].size(1), b[j].const_data_ptr()};
+      }
+    }
+    column += widths[i];
+  }
+  if (!calls.empty()) run(calls, segments, bf16);
+  return out;
+}
+
+// sum_i x[i] packed[i]^T.
+Tensor sum_of_products(const std::vector<Tensor> x, const std::vector<Tensor> packed, int64_t out_width, bool float_out) {
+  const char* op = "sum_of_products";
+  STD_TORCH_CHECK(!x.empty() && x.size() <= MOST_PRODUCTS && x.size() == packed.size(), op, ": ", x.size(), " x and ",
+                  packed.size(), " packed; one to ", MOST_PRODUCTS, " of each");
+  LinearArgs args{};
+  for (size_t i = 0; i < x.size(); ++i) {
+    check_rows(op, "x", x[i]);
+    check_same(op, "x", x[i], x[0]);
+    check_same(op, "packed", packed[i], x[0]);
+    check_packed(op, "packed", packed[i], out_width, x[i].size(1));
+    STD_TORCH_CHECK(x[i].size(0) == x[0].size(0), op, ": x[", i, "] has ", x[i].size(0), " rows, x[0] ", x[0].size(0));
+    args.products[i] = {x[i].const_data_ptr(), x[i].stride(0), x[i].size(1), packed[i].const_data_ptr()};
+  }
+  const bool bf16 = is_bf16(x[0]);
+  Tensor out = torch::stable::new_empty(x[0], {x[0].size(0), out_width}, float_out ? ScalarType::Float : x[0].scalar_type());
+  args.out = out.mutable_data_ptr(), args.rows = x[0].size(0), args.out_stride = args.out_width = out_width;
+  args.num_products = int(x.size()), args.float_out = float_out || !bf16;
+  run({args}, 1, bf16);
+  return out;
+}
+
+constexpr int64_t TOKENS = 2048;  // re-laid at a time: the room for it stays small
+
+// out [N, K] += grad [T, N]^T x [T, K], by chains with rising t that go on from what stands in out.
+void weight_gradient(Tensor out, const Tensor grad, const Tensor x) {
+  const char* op = "weight_gradient";
+  check_rows(op, "grad", grad);
+  check_rows(op, "x", x);
+  check_same(op, "x", x, grad);
+  check_type(op, "out", out, 2, ScalarType::Float);
+  const int64_t rows = grad.size(0), n = grad.size(1), k = x.size(1);
+  STD_TORCH_CHECK(x.size(0) == rows, op, ": x has ", x.size(0), " rows, grad ", rows);
+  STD_TORCH_CHECK(out.size(0) == n && out.size(1) == k, op, ": out must be [", n, ", ", k, "]");
+  const bool bf16 = is_bf16(x);
+  const int64_t per_unit = bf16 ? 2 : 1, step = std::min(rows, TOKENS), units = (step + per_unit - 1) / per_unit;
+  const Tensor packed = torch::stable::new_empty(x, {panels_of(k), units, PANEL, per_unit});
+  const Tensor turned = torch::stable::new_empty(x, {n, units * per_unit});
+  const int64_t size = bf16 ? 2 : 4;
+  const Kernels& kernel = kernels();
+  for (int64_t t = 0; t < rows; t += step) {
+    const int64_t some = std::min(step, rows - t), turned_stride = (some + per_unit - 1) / per_unit * per_unit;
+    const PackArgs pack{packed.mutable_data_ptr(), static_cast<const char*>(x.const_data_ptr()) + t * x.stride(0) * size,
+                        1, x.stride(0), k, some, bf16, bf16};
+    const TransposeArgs turn{turned.mutable_data_ptr(),
+                             static_cast<const char*>(grad.const_data_ptr()) + t * grad.stride(0) * size, grad.stride(0),
+                             some};
+    torch::stable::parallel_for(0, panels_of(k), 1, [&](int64_t a, int64_t b) { kernel.pack(pack, a, b); });
+    torch::stable::parallel_for(0, panels_of(n), 1, [&](int64_t a, int64_t b) {
+      kernel.transpose_rows(turn, a * PANEL, std::min(b * PANEL, n), bf16);
+    });
+    LinearArgs args{};
+    args.out = out.mutable_data_ptr(), args.rows = n, args.out_stride = args.out_width = k;
+    args.products[0] = {turned.const_data_ptr(), turned_stride, turned_stride, packed.const_data_ptr()};
+    args.num_products = 1, args.float_out = args.accumulate = true;
+    run({args}, 1, bf16);
+  }
+}
+
+Tensor unpack(const Tensor packed, int64_t out_width, int64_t in_width) {
+  check_packed("unpack", "packed", packed, out_width, in_width);
+  Tensor out = torch::stable::new_empty(packed, {out_width, in_width});
   const Kernels& k = kernels();
-  const bool by_rows = x.size(0) >= MANY_ROWS;
-  const int64_t panels = packed.size(0);
-  torch::stable::parallel_for(0, by_rows ? x.size(0) : panels, by_rows ? MANY_ROWS / 4 : 1, [&](int64_t first, int64_t last) {
-    if (by_rows) k.linear(args, 0, panels, first, last, is_bf16(x));
-    else k.linear(args, first, last, 0, x.size(0), is_bf16(x));
+  torch::stable::parallel_for(0, packed.size(0), 1, [&](int64_t first, int64_t last) {
+    k.unpack(out.mutable_data_ptr(), packed.const_data_ptr(), out_width, in_width, first, last, is_bf16(packed));
   });
   return out;
 }
 
 Tensor packed_rows(const Tensor ids, const Tensor packed, int64_t out_width, int64_t in_width) {
   check_type("packed_rows", "ids", ids, 1, ScalarType::Long);
-  check_packed("packed_rows", packed, out_width, in_width);
+  check_packed("packed_rows", "packed", packed, out_width, in_width);
   const int64_t* id = static_cast<const int64_t*>(ids.const_data_ptr());
   for (int64_t t = 0; t < ids.size(0); ++t)
     STD_TORCH_CHECK(id[t] >= 0 && id[t] < out_width, "packed_rows: ids[", t, "]=", id[t], " of ", out_width, " rows");
   Tensor out = torch::stable::new_empty(packed, {ids.size(0), in_width});
   const Kernels& k = kernels();
   torch::stable::parallel_for(0, ids.size(0), 8, [&](int64_t first, int64_t last) {
-    k.unpack(out.mutable_data_ptr(), packed.const_data_ptr(), id, in_width, first, last, is_bf16(packed));
+    k.gather(out.mutable_data_ptr(), packed.const_data_ptr(), id, in_width, first, last, is_bf16(packed));
   });
   return out;
 }
@@ -83,14 +228,22 @@ Tensor packed_rows(const Tensor ids, const Tensor packed, int64_t out_width, int
 
 STABLE_TORCH_LIBRARY_FRAGMENT(onemesh, m) {
   m.def("empty_packed(Tensor like, int out_width, int in_width) -> Tensor");
-  m.def("pack_rows(Tensor(a!) packed, Tensor rows, int first) -> ()");
+  m.def("pack_rows(Tensor(a!) packed, Tensor w, int first) -> ()");
+  m.def("unpack(Tensor packed, int out_width, int in_width) -> Tensor");
   m.def("packed_rows(Tensor ids, Tensor packed, int out_width, int in_width) -> Tensor");
-  m.def("linear(Tensor x, Tensor packed, Tensor? bias, int out_width) -> Tensor");
+  m.def(
+      "linears(Tensor x, Tensor[] packed, Tensor?[] bias, int[] widths, bool float_out, Tensor[] h, Tensor[] b, "
+      "int[] updates) -> Tensor");
+  m.def("sum_of_products(Tensor[] x, Tensor[] packed, int out_width, bool float_out) -> Tensor");
+  m.def("weight_gradient(Tensor(a!) out, Tensor grad, Tensor x) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(onemesh, CPU, m) {
   m.impl("empty_packed", TORCH_BOX(&empty_packed));
   m.impl("pack_rows", TORCH_BOX(&pack_rows));
+  m.impl("unpack", TORCH_BOX(&unpack));
   m.impl("packed_rows", TORCH_BOX(&packed_rows));
-  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linears", TORCH_BOX(&linears));
+  m.impl("sum_of_products", TORCH_BOX(&sum_of_products));
+  m.impl("weight_gradient", TORCH_BOX(&weight_gradient));
 }

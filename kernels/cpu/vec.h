@@ -27,6 +27,7 @@ typedef uint32_t vu __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef uint16_t vh __attribute__((vector_size(W * 2), aligned(2), may_alias));
 
 inline vf splat(float x) { return x - vf{}; }
+inline vu splat_bits(uint32_t x) { return x - vu{}; }
 inline vf bits(vu x) { return (vf)x; }
 
 inline vf fma(vf a, vf b, vf c) {
@@ -80,6 +81,25 @@ inline void store_some(T* p, vf x, int n) {
   T part[W];
   store(part, x);
   memcpy(p, part, n * sizeof(T));
+}
+
+// v[i][j] becomes v[j][i].
+inline void transpose(vf (&v)[W]) {
+#pragma GCC unroll 4
+  for (int step = 1; step < W; step *= 2) {
+    vi low, high;
+    for (int lane = 0; lane < W; ++lane) {
+      low[lane] = lane & step ? W + lane - step : lane;
+      high[lane] = lane & step ? W + lane : lane + step;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i)
+      if (!(i & step)) {
+        const vf a = v[i], b = v[i + step];
+        v[i] = __builtin_shuffle(a, b, low);
+        v[i + step] = __builtin_shuffle(a, b, high);
+      }
+  }
 }
 
 // Sums and maxima over lanes, halves onto halves: one order for every caller. A maximum with NaN is NaN.

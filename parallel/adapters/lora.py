@@ -20,8 +20,8 @@ Read = Callable[[Spec, torch.dtype], Tensor]
 def install(decoder: Decoder, adapter: Adapter, slot: int, read: Read, *, trainable: bool) -> None:
     """Adds `adapter` in `slot` to this stage's linears; `read` supplies this rank's blocks of A and B.
 
-    Factors are kept in float32 (float64 for proofs) and cast to the compute dtype where they are used, in training
-    and in serving alike.
+    Factors that train are kept in float32 (float64 for proofs) and cast to the compute dtype, B times the scale, where
+    they are used; frozen ones are cast in the same way once.
     """
     wanted = {module.module: module for module in adapter.modules}
     for linear in decoder.modules():
@@ -29,9 +29,18 @@ def install(decoder: Decoder, adapter: Adapter, slot: int, read: Read, *, traina
             continue
         module = wanted[linear.name]
         specs = lora_specs(linear.specs["weight"], module.rank, module.name_a, module.name_b, decoder.here)
-        stored = master_dtype(decoder.dtype)
-        a, b = (nn.Parameter(read(spec, stored).to(decoder.device), requires_grad=trainable) for spec in specs)
-        linear.adapters[str(slot)] = Lora(a, b, specs, scale=module.scale, rate=adapter.dropout, ops=decoder.ops)
+        linear.adapters[str(slot)] = _lora(decoder, module.scale, adapter.dropout, specs, read, trainable)
+
+
+def _lora(decoder: Decoder, scale: float, rate: float, specs: tuple[Spec, Spec], read: Read, trainable: bool) -> Lora:
+    a, b = (read(spec, master_dtype(decoder.dtype)).to(decoder.device) for spec in specs)
+    if trainable:
+        return Lora(nn.Parameter(a), nn.Parameter(b), specs, scale=scale, rate=rate)
+    packed = [
+        decoder.ops.pack((t.shape[0], t.shape[1]), decoder.dtype, lambda first, last, t=t: t[first:last])
+        for t in (a, b * scale)
+    ]
+    return Lora(packed[0], packed[1], specs, scale=1.0, rate=0.0)
 
 
 def remove(decoder: Decoder, slot: int) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from parallel import regions
 from parallel.model.step import Step
-from parallel.tensor import Build, Linear, Norm
+from parallel.tensor import Build, Linear, Norm, together
 
 
 class Attention(nn.Module):
@@ -24,9 +24,8 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], step: Step) -> Tensor:
         """[T, D] inside the tensor region -> [T, D] summed over the tensor axis."""
-        q_TNH = self.q_proj(x_TD, step).unflatten(-1, (-1, self.head_dim))
-        k_TKH = self.k_proj(x_TD, step).unflatten(-1, (-1, self.head_dim))
-        v_TKH = self.v_proj(x_TD, step).unflatten(-1, (-1, self.head_dim))
+        heads = together((self.q_proj, self.k_proj, self.v_proj), x_TD, step)
+        q_TNH, k_TKH, v_TKH = (x.unflatten(-1, (-1, self.head_dim)) for x in heads)
         q_TNH, k_TKH = self.ops.rotary(q_TNH, *rotary), self.ops.rotary(k_TKH, *rotary)
         out_TNH = step.attend(self.layer, q_TNH, k_TKH, v_TKH)
         return self.o_proj(out_TNH.flatten(1), step)
@@ -45,7 +44,7 @@ class GatedMlp(nn.Module):
 
     def forward(self, x_TD: Tensor, step: Step) -> Tensor:
         """[T, D] inside the tensor region -> [T, D] summed over the tensor axis."""
-        return self.down_proj(self.ops.silu_gate(self.gate_proj(x_TD, step), self.up_proj(x_TD, step)), step)
+        return self.down_proj(self.ops.silu_gate(*together((self.gate_proj, self.up_proj), x_TD, step)), step)
 
 
 class Block(nn.Module):

@@ -95,8 +95,8 @@ class Decoder(nn.Module):
         return self.norm(x if step.rows is None else x[step.rows])
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
-        """[B, V/tp]: this rank's columns of the logits of normed states, in the compute dtype; last stage only."""
-        return self.ops.linear(hidden_BD, self.head_weight.to(hidden_BD.dtype), None)
+        """[B, V/tp]: this rank's columns of the logits of normed states, in the working dtype; last stage only."""
+        return self.ops.linear(hidden_BD, self.head_weight, wide=True)
 
     def placed(self) -> Iterator[tuple[Spec, nn.Parameter]]:
         """Every parameter of this rank with its placement, adapters included, in construction order."""
@@ -104,7 +104,8 @@ class Decoder(nn.Module):
 
 
 def placed(module: nn.Module) -> Iterator[tuple[Spec, nn.Parameter]]:
-    """Every (placement, parameter) below `module`; modules declare theirs in a dict `specs`."""
+    """Every (placement, parameter) below `module`; modules declare theirs in a dict `specs`; no packed ones."""
     for child in module.modules():
         for name, spec in getattr(child, "specs", {}).items():
-            yield spec, getattr(child, name)
+            if isinstance(value := getattr(child, name), nn.Parameter):
+                yield spec, value

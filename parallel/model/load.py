@@ -51,7 +51,7 @@ def build_decoder(
 ) -> Decoder:
     """This rank's decoder; reads only the bytes of its own blocks. `stages` are layers per pipeline stage.
 
-    packed: keep matrices in the layout that the backend multiplies fastest; only for what never trains.
+    packed: keep matrices in the layout that the backend multiplies fastest; only where they don't train.
     """
 
     def read(spec: Spec, stored: torch.dtype) -> Tensor:

@@ -167,8 +167,6 @@ def test_what_a_packed_weight_cannot_do_is_named():
     assert w.to(torch.float32) is w
     with pytest.raises(ValueError, match=r"packed in torch.float32 can't be used in torch.bfloat16"):
         w.to(torch.bfloat16)
-    with pytest.raises(ValueError, match="a packed weight has no gradients"):
-        ops.linear(torch.zeros(2, 8, requires_grad=True), w)
     with pytest.raises(ValueError, match=r"x \(2, 9\) and w \(50, 8\) must be"):
         ops.linear(torch.zeros(2, 9), w)
     raw = torch.ops.onemesh
@@ -180,10 +178,11 @@ def test_what_a_packed_weight_cannot_do_is_named():
         (torch.zeros(2, 8), w.data[0], None, 50, "packed has 3 dimensions, not 4"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            raw.linear(x, weight, bias, width)
+            raw.linears(x, [weight], [bias], [width], False, [], [], [])
     for rows, first, message in (
         (torch.zeros(3, 9), 0, "packed is not of a weight"),
-        (torch.zeros(3, 8).bfloat16(), 0, "rows has another dtype"),
+        (torch.zeros(3, 8).bfloat16(), 0, "w is bfloat16, packed float32"),
+        (torch.zeros(3, 8, 2)[..., 0], 0, "w has strides 16, 2; one of them must be 1"),
         (torch.zeros(3, 8), 8, "first=8 must be a multiple of 48"),
         (torch.zeros(49, 8), 48, "49 rows from 48 on don't fit"),
     ):

@@ -1,0 +1,50 @@
+// The ops of loss.cpp: checks the arguments, then hands out rows.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "checks.h"
+#include "dispatch.h"
+
+namespace {
+
+Tensor log_sum_exp(const Tensor logits) {
+  check_type("log_sum_exp", "logits", logits, 2, ScalarType::Float);
+  Tensor out = torch::stable::new_empty(logits, {logits.size(0)});
+  const Kernels& k = kernels();
+  torch::stable::parallel_for(0, logits.size(0), 1, [&](int64_t first, int64_t last) {
+    k.log_sum_exp(static_cast<float*>(out.mutable_data_ptr()), static_cast<const float*>(logits.const_data_ptr()),
+                  logits.size(1), first, last);
+  });
+  return out;
+}
+
+Tensor loss_gradient(const Tensor logits, const Tensor lse, const Tensor target, bool bf16) {
+  const char* op = "loss_gradient";
+  check_type(op, "logits", logits, 2, ScalarType::Float);
+  check_type(op, "lse", lse, 1, ScalarType::Float);
+  check_type(op, "target", target, 1, ScalarType::Long);
+  const int64_t rows = logits.size(0), width = logits.size(1);
+  STD_TORCH_CHECK(lse.size(0) == rows && target.size(0) == rows, op, ": lse and target must have ", rows, " entries");
+  for (int64_t i = 0; i < rows; ++i)
+    STD_TORCH_CHECK(integers(target)[i] >= -1 && integers(target)[i] < width, op, ": target[", i, "]=",
+                    integers(target)[i], " of ", width, " columns (-1: none of them)");
+  Tensor out = torch::stable::new_empty(logits, {rows, width}, bf16 ? ScalarType::BFloat16 : ScalarType::Float);
+  const Kernels& k = kernels();
+  torch::stable::parallel_for(0, rows, 1, [&](int64_t first, int64_t last) {
+    k.loss_gradient(out.mutable_data_ptr(), static_cast<const float*>(logits.const_data_ptr()),
+                    static_cast<const float*>(lse.const_data_ptr()), integers(target), width, first, last, bf16);
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(onemesh, m) {
+  m.def("log_sum_exp(Tensor logits) -> Tensor");
+  m.def("loss_gradient(Tensor logits, Tensor lse, Tensor target, bool bf16) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(onemesh, CPU, m) {
+  m.impl("log_sum_exp", TORCH_BOX(&log_sum_exp));
+  m.impl("loss_gradient", TORCH_BOX(&loss_gradient));
+}

@@ -1,0 +1,205 @@
+"""Linears of the C++ backend: packed weights, low-rank updates, and both gradients by the same kernels.
+
+A weight is multiplied in panels (`kernels/cpu/linear.cpp`). A frozen one is packed once (`pack`); a master weight in
+float32 is packed, and rounded on the way, at every call: 1 to 2% of the time of 4096 rows. The gradient of x multiplies
+the packed transpose, the gradient of the weight is summed in float32 over rising rows.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.ops import LowRank, Packed, Part, Rows, Weight
+
+PANEL = 48
+"""Rows of a weight that stand together (`kernels/cpu/kernels.h`)."""
+_STAGE_BYTES = 2 << 20  # larger ones leave holes in the heap between packed weights
+
+
+def pack(shape: tuple[int, int], dtype: torch.dtype, rows: Rows) -> Packed:
+    """The weight in the layout of `kernels/cpu/linear.cpp`, filled from about 2 MB of rows at a time."""
+    n, k = shape
+    data = torch.ops.onemesh.empty_packed(torch.empty(0, dtype=dtype), n, k)
+    step = max(_STAGE_BYTES // max(k * dtype.itemsize * PANEL, 1), 1) * PANEL
+    for first in range(0, n, step):
+        torch.ops.onemesh.pack_rows(data, rows(first, min(first + step, n)).to(dtype).contiguous(), first)
+    return Packed(data, shape, _turn)
+
+
+def _turn(packed: Packed) -> Packed:
+    n, k = packed.shape
+    return _packed(torch.ops.onemesh.unpack(packed.data, n, k).t(), packed.dtype)
+
+
+def _packed(w_NK: Tensor, dtype: torch.dtype) -> Packed:
+    """A plain weight whose rows or columns are contiguous, packed in `dtype`."""
+    n, k = w_NK.shape
+    data = torch.ops.onemesh.empty_packed(torch.empty(0, dtype=dtype), n, k)
+    torch.ops.onemesh.pack_rows(data, w_NK, 0)
+    return Packed(data, (n, k), _turn)
+
+
+def _forward(w: Weight, dtype: torch.dtype) -> Tensor:
+    """The weight's panels in `dtype`."""
+    return (w.to(dtype) if isinstance(w, Packed) else _packed(w.detach().contiguous(), dtype)).data
+
+
+def _backward(w: Weight, dtype: torch.dtype) -> Tensor:
+    """The panels of its transpose."""
+    return (w.to(dtype).transposed() if isinstance(w, Packed) else _packed(w.detach().contiguous().t(), dtype)).data
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with contiguous rows, any distance apart."""
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
+def linear(
+    x_TK: Tensor,
+    w_NK: Weight,
+    bias_N: Tensor | None = None,
+    updates: Sequence[LowRank] = (),
+    *,
+    wide: bool = False,
+) -> Tensor:
+    """`reference.linear`, row-invariant: an element is one chain of multiply-adds in float32, its update's behind it.
+
+    Differentiable in everything that isn't packed.
+    """
+    return linears(x_TK, (Part(w_NK, bias_N, updates),), wide=wide)[0]
+
+
+def linears(x_TK: Tensor, parts: Sequence[Part], *, wide: bool = False) -> tuple[Tensor, ...]:
+    """`reference.linears` in one call: the results are columns of one tensor."""
+    for part in parts:
+        reference.check_linear(x_TK, part.w_NK, part.bias_N, part.updates)
+    x_TK = _rows(x_TK)
+    places: list[tuple[int, int, int]] = []
+    factors: list[Weight] = []
+    inputs: list[Tensor] = []
+    for i, part in enumerate(parts):
+        for update in part.updates:
+            places.append((i, update.start, update.stop))
+            factors.append(update.b_NR)
+            x = x_TK[update.start : update.stop] if update.x_TK is None else update.x_TK
+            inputs.append(linear(x, update.a_RK))
+    biases, weights = [part.bias_N for part in parts], [part.w_NK for part in parts]
+    if torch.is_grad_enabled():
+        return _Linears.apply(x_TK, wide, places, len(parts), *biases, *weights, *factors, *inputs)
+    return _linears(x_TK, wide, places, biases, weights, factors, inputs)
+
+
+def _linears(
+    x_TK: Tensor,
+    wide: bool,
+    places: Sequence[tuple[int, int, int]],
+    biases: Sequence[Tensor | None],
+    weights: Sequence[Weight],
+    factors: Sequence[Weight],
+    inputs: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """Part i is x weights[i]^T + biases[i]; rows start .. stop of part i also get inputs[j] factors[j]^T, for every
+    places[j] = (i, start, stop)."""
+    widths = [w.shape[0] for w in weights]
+    packed = [_forward(w, x_TK.dtype) for w in weights]
+    b = [_forward(w, x_TK.dtype) for w in factors]
+    numbers = list(itertools.chain.from_iterable(places))
+    out = torch.ops.onemesh.linears(x_TK, packed, list(biases), widths, wide, list(inputs), b, numbers)
+    return (out,) if len(widths) == 1 else out.split(widths, dim=1)
+
+
+def _product(x_TK: Tensor, panels: Tensor, out_width: int, *, wide: bool = False) -> Tensor:
+    return torch.ops.onemesh.sum_of_products([_rows(x_TK)], [panels], out_width, wide)
+
+
+def input_gradient(grad_TN: Tensor, w_NK: Weight) -> Tensor:
+    """`reference.input_gradient`: in float32."""
+    return _product(grad_TN, _backward(w_NK, grad_TN.dtype), w_NK.shape[1], wide=True)
+
+
+def add_weight_gradient(out_NK: Tensor, grad_TN: Tensor, x_TK: Tensor) -> None:
+    """`reference.add_weight_gradient`, out in float32: chains with rising t that go on from what stands in out."""
+    torch.ops.onemesh.weight_gradient(out_NK, _rows(grad_TN), _rows(x_TK))
+
+
+def _weight_gradient(w_NK: Weight, grad_TN: Tensor, x_TK: Tensor) -> Tensor:
+    out_NK = torch.zeros(w_NK.shape, dtype=torch.float32)
+    add_weight_gradient(out_NK, grad_TN, x_TK)
+    return out_NK.to(w_NK.dtype)
+
+
+class _Linears(torch.autograd.Function):
+    """`_linears` of tensors `*biases, *weights, *factors, *inputs`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TK: Tensor,
+        wide: bool,
+        places: Sequence[tuple[int, int, int]],
+        parts: int,
+        *tensors: Any,
+    ) -> tuple[Tensor, ...]:
+        """[T, N_i] in x.dtype, or float32."""
+        biases, weights = tensors[:parts], tensors[parts : 2 * parts]
+        factors, inputs = tensors[2 * parts : 2 * parts + len(places)], tensors[2 * parts + len(places) :]
+        matrices = (*weights, *factors)
+        ctx.packed = [m if isinstance(m, Packed) else None for m in matrices]
+        ctx.save_for_backward(x_TK, *inputs, *(m for m in matrices if isinstance(m, Tensor)))
+        ctx.places, ctx.parts = places, parts
+        ctx.set_materialize_grads(False)
+        return _linears(x_TK, wide, places, biases, weights, factors, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Of x: sum of dy_i w_i in one chain. Of weights and factors, in float32: dy^T x, dy^T h. Of inputs h: dy b."""
+        parts, count = ctx.parts, len(ctx.places)
+        x_TK, *rest = ctx.saved_tensors
+        inputs, plain = rest[:count], iter(rest[count:])
+        matrices = [next(plain) if packed is None else packed for packed in ctx.packed]
+        weights, factors = matrices[:parts], matrices[parts:]
+        wants_x, _, _, _, *wants = ctx.needs_input_grad
+        dtype = x_TK.dtype
+        dys = [None if grad is None else _rows(grad.to(dtype)) for grad in grads]
+
+        grad_x = _grad_x(dys, weights, dtype) if wants_x else None
+        found: list[Tensor | None] = [None] * len(wants)
+        for i, dy in enumerate(dys):
+            if dy is not None and wants[i]:
+                found[i] = dy.sum(0)
+            if dy is not None and wants[parts + i]:
+                found[parts + i] = _weight_gradient(weights[i], dy, x_TK)
+        for j, (i, start, stop) in enumerate(ctx.places):
+            if (dy := dys[i]) is None:
+                continue
+            dy = dy[start:stop]
+            if wants[2 * parts + j]:
+                found[2 * parts + j] = _weight_gradient(factors[j], dy, inputs[j])
+            if wants[2 * parts + count + j]:
+                found[2 * parts + count + j] = _product(dy, _backward(factors[j], dtype), inputs[j].shape[1])
+        return grad_x, None, None, None, *found
+
+
+_MOST_PRODUCTS = 4  # of one call
+
+
+def _grad_x(dys: Sequence[Tensor | None], weights: Sequence[Weight], dtype: torch.dtype) -> Tensor | None:
+    pairs = [(dy, _backward(w, dtype)) for dy, w in zip(dys, weights, strict=True) if dy is not None]
+    total: Tensor | None = None
+    for first in range(0, len(pairs), _MOST_PRODUCTS):
+        some = pairs[first : first + _MOST_PRODUCTS]
+        width = weights[0].shape[1]
+        out = torch.ops.onemesh.sum_of_products([dy for dy, _ in some], [w for _, w in some], width, False)
+        total = out if total is None else total + out
+    return total
+
+
+def embedding(ids_T: Tensor, w_VD: Weight) -> Tensor:
+    """`reference.embedding`, of a packed weight too."""
+    if not isinstance(w_VD, Packed):
+        return reference.embedding(ids_T, w_VD)
+    return torch.ops.onemesh.packed_rows(ids_T.contiguous(), w_VD.data, w_VD.shape[0], w_VD.shape[1])
