@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kernels import cpu_ops, invariance, reference, tiles, torch_ops
+from kernels import cpu_ops, cpu_rows, invariance, reference, tiles, torch_ops
 from kernels.ops import Ops, Rows
 from kernels.paged import PagedLayout
 
@@ -24,13 +24,16 @@ REFERENCE = Ops(
     linear=reference.linear,
     embedding=reference.embedding,
     rms_norm=reference.rms_norm,
+    add_rms_norm=reference.add_rms_norm,
     rotary=reference.rotary,
     silu_gate=reference.silu_gate,
+    gelu_gate=reference.gelu_gate,
     log_softmax=reference.log_softmax,
     attention_varlen=reference.attention_varlen,
     attention_prefix=reference.attention_prefix,
     merge_attention=reference.merge_attention,
     write_pages=reference.write_pages,
+    rotary_write=reference.rotary_write,
     paged_layout=PagedLayout.build,
     attention_paged=reference.attention_paged,
 )
@@ -44,13 +47,16 @@ def torch_cpu(rule: invariance.RowRule) -> Ops:
         linear=functools.partial(torch_ops.linear, product=rule.product, min_rows=rule.min_rows),
         embedding=reference.embedding,
         rms_norm=torch_ops.rms_norm,
-        rotary=reference.rotary,
+        add_rms_norm=torch_ops.add_rms_norm,
+        rotary=torch_ops.rotary,
         silu_gate=torch_ops.silu_gate,
+        gelu_gate=torch_ops.gelu_gate,
         log_softmax=reference.log_softmax,
         attention_varlen=torch_ops.attention_varlen,
         attention_prefix=torch_ops.attention_prefix,
         merge_attention=reference.merge_attention,
         write_pages=torch_ops.write_pages,
+        rotary_write=torch_ops.rotary_write,
         paged_layout=tiles.paged_layout,
         attention_paged=functools.partial(torch_ops.attention_paged, row_multiple=rule.row_multiple),
     )
@@ -65,9 +71,12 @@ def compiled(isa: str, rule: invariance.RowRule) -> Ops:
         pack=cpu_ops.pack,
         linear=functools.partial(cpu_ops.linear, plain=plain.linear),
         embedding=cpu_ops.embedding,
-        rms_norm=cpu_ops.rms_norm,
-        rotary=cpu_ops.rotary,
-        silu_gate=cpu_ops.silu_gate,
+        rms_norm=cpu_rows.rms_norm,
+        add_rms_norm=cpu_rows.add_rms_norm,
+        rotary=cpu_rows.rotary,
+        silu_gate=cpu_rows.silu_gate,
+        gelu_gate=cpu_rows.gelu_gate,
+        rotary_write=cpu_rows.rotary_write,
         paged_layout=cpu_ops.CpuLayout.build,
         attention_paged=cpu_ops.attention_paged,
     )
