@@ -101,6 +101,29 @@ struct EmbeddingGradArgs {
   int64_t width;
 };
 
+// Draws from rows of logits; `kernels.sampling` has the definition.
+struct DrawArgs {
+  int64_t* ids;  // [n], -1 where a row's largest logit isn't finite
+  const float* logits;
+  int64_t row_stride;
+  const int64_t* rows;  // [n] of the logits
+  const double* temperature;  // [n], 0: the largest
+  const int64_t* top_k;
+  const double *top_p, *min_p, *u;
+  int64_t vocab;
+};
+
+// Log-probabilities of ids, and the largest num_top <= width ones of their rows.
+struct LogProbArgs {
+  double* logprob;       // [n]
+  int64_t* top_ids;      // [n, width], -1 past the last
+  double* top_logprobs;  // [n, width]
+  const float* logits;
+  int64_t row_stride;
+  const int64_t *rows, *ids, *num_top;  // [n]
+  int64_t width, vocab;
+};
+
 // Every kernel and its arguments. Compiled once per instruction set as <name>_<ISA> (KERNEL below defines one).
 #define EVERY_KERNEL(X)                                                                                                \
   X(attend, (const PagedAttention&, const Part&, bool is_bf16))                                                        \
@@ -119,7 +142,9 @@ struct EmbeddingGradArgs {
   X(gate_backward, (const GateGradArgs&, int64_t first, int64_t last, bool is_bf16))                                   \
   X(rotary, (const RotaryArgs&, int64_t first, int64_t last, bool is_bf16))                                            \
   X(rotary_write, (const RotaryArgs& q, const PagesArgs&, int64_t first, int64_t last, bool is_bf16))                  \
-  X(embedding_backward, (const EmbeddingGradArgs&, int64_t first_id, int64_t last_id, bool is_bf16))
+  X(embedding_backward, (const EmbeddingGradArgs&, int64_t first_id, int64_t last_id, bool is_bf16))                   \
+  X(draw, (const DrawArgs&, int64_t first, int64_t last))                                                              \
+  X(logprobs, (const LogProbArgs&, int64_t first, int64_t last))
 
 struct Kernels {
   const char* name;  // of the instruction set
