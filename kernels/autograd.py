@@ -3,9 +3,6 @@
 | function  | saved for the backward | recomputed                     |
 |-----------|------------------------|--------------------------------|
 | Linear    | x, w                   | -                              |
-| RmsNorm   | x, w                   | 1/rms, the normalised x        |
-| Rotary    | cos, sin               | -                              |
-| SiluGate  | gate, up               | silu(gate)                     |
 | Attention | q, k, v, out, lse      | scores, in blocks inside torch |
 
 The attention pair rests on torch's blocked CPU attention, which returns lse but has no gradient for it. With
@@ -80,77 +77,6 @@ class Linear(torch.autograd.Function):
         grad_x = ctx.product(grad_TN, w_NK.t(), None) if wants_x else None
         grad_w = ctx.product(grad_TN.t(), x_TK.t(), None) if wants_w else None
         return grad_x, grad_w, grad_TN.sum(0) if wants_bias else None, None, None
-
-
-class RmsNorm(torch.autograd.Function):
-    """`norm(x, w, eps)`, an op of `reference.rms_norm`, that keeps x alone and not float32 copies of it."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, w_D: Tensor, eps: float, norm: Callable[..., Tensor]) -> Tensor:
-        """[T, D] in x.dtype."""
-        ctx.save_for_backward(x_TD, w_D)
-        ctx.eps = eps
-        return norm(x_TD, w_D, eps)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """`dx = (dn - n * mean(dn * n)) / rms` with `n = x / rms`, `dn = dy * w`; `dw = sum(dy * n)`."""
-        x_TD, w_D = ctx.saved_tensors
-        x = x_TD.to(working_dtype(x_TD.dtype))
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + ctx.eps)
-        grad = grads[0].to(scale.dtype)
-        normed = x * scale
-        grad_w = (grad * normed).sum(0).to(w_D.dtype) if ctx.needs_input_grad[1] else None
-        grad = grad * w_D.to(scale.dtype)
-        grad_x = (grad - normed * (grad * normed).mean(-1, keepdim=True)) * scale
-        return grad_x.to(x_TD.dtype), grad_w, None, None
-
-
-class Rotary(torch.autograd.Function):
-    """`rotate(x, cos, sin)`, an op of `reference.rotary`: the backward turns the other way."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor, rotate: Callable[..., Tensor]) -> Tensor:
-        """[T, N, H] in x.dtype; no gradient of the angles."""
-        ctx.save_for_backward(cos_TH, sin_TH)
-        ctx.rotate = rotate
-        return rotate(x_TNH, cos_TH, sin_TH)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The rotation by -angle, its transpose (cos and sin repeat their halves)."""
-        cos_TH, sin_TH = ctx.saved_tensors
-        return ctx.rotate(grads[0], cos_TH, -sin_TH), None, None, None
-
-
-class SiluGate(torch.autograd.Function):
-    """`gated(gate, up)`, an op of `reference.silu_gate`, that keeps gate and up alone."""
-
-    @staticmethod
-    def forward(ctx: Any, gate_TF: Tensor, up_TF: Tensor, gated: Callable[..., Tensor]) -> Tensor:
-        """[T, F] in gate.dtype."""
-        ctx.save_for_backward(gate_TF, up_TF)
-        return gated(gate_TF, up_TF)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """`dgate = dy * up * s * (1 + gate * (1 - s))`, `dup = dy * silu(gate)`, `s = sigmoid(gate)`."""
-        gate_TF, up_TF = ctx.saved_tensors
-        work = working_dtype(gate_TF.dtype)
-        grad, gate, up = grads[0].to(work), gate_TF.to(work), up_TF.to(work)
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return grad_gate.to(gate_TF.dtype), (grad * F.silu(gate)).to(up_TF.dtype), None
-
-
-def silu_gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-    """`gate / (1 + exp(-gate)) * up` in the working dtype, rounded once.
-
-    Not `F.silu`: its vector body and scalar tail differ in the last bit, and which elements fall into the
-    tail depends on T and on the thread count. exp and the arithmetic here give one result for either path.
-    """
-    work = working_dtype(gate_TF.dtype)
-    gate = gate_TF.to(work)
-    return (gate / (torch.exp(-gate) + 1) * up_TF.to(work)).to(gate_TF.dtype)
 
 
 def blocked_attention(

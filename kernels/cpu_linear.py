@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import cpu_rows, reference
 from kernels.ops import LowRank, Packed, Part, Rows, Weight
 
 PANEL = 48
@@ -201,5 +201,5 @@ def _grad_x(dys: Sequence[Tensor | None], weights: Sequence[Weight], dtype: torc
 def embedding(ids_T: Tensor, w_VD: Weight) -> Tensor:
     """`reference.embedding`, of a packed weight too."""
     if not isinstance(w_VD, Packed):
-        return reference.embedding(ids_T, w_VD)
+        return cpu_rows.embedding(ids_T, w_VD)
     return torch.ops.onemesh.packed_rows(ids_T.contiguous(), w_VD.data, w_VD.shape[0], w_VD.shape[1])

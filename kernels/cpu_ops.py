@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels import autograd, reference
+from kernels import reference
 from kernels.paged import PagedLayout
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
@@ -32,41 +32,6 @@ def load() -> str | None:
     except OSError as error:
         raise RuntimeError(f"{LIBRARY} doesn't load ({error}); build it again: make clean install") from None
     return torch.ops.onemesh.isa()
-
-
-def silu_gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-    """`reference.silu_gate`, row-invariant, with a lean backward."""
-    if not torch.is_grad_enabled():
-        return _silu_gate(gate_TF, up_TF)
-    return autograd.SiluGate.apply(gate_TF, up_TF, _silu_gate)
-
-
-def _silu_gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-    if gate_TF.shape != up_TF.shape:
-        raise ValueError(f"silu_gate: gate {tuple(gate_TF.shape)} and up {tuple(up_TF.shape)} must have one shape")
-    return torch.ops.onemesh.silu_gate(gate_TF.contiguous(), up_TF.contiguous())
-
-
-def rms_norm(x_TD: Tensor, w_D: Tensor, eps: float) -> Tensor:
-    """`reference.rms_norm`, row-invariant, with a lean backward."""
-    if not torch.is_grad_enabled():
-        return _rms_norm(x_TD, w_D, eps)
-    return autograd.RmsNorm.apply(x_TD, w_D, eps, _rms_norm)
-
-
-def _rms_norm(x_TD: Tensor, w_D: Tensor, eps: float) -> Tensor:
-    return torch.ops.onemesh.rms_norm(x_TD.contiguous(), w_D.contiguous(), eps)
-
-
-def rotary(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
-    """`reference.rotary`, row-invariant, with a lean backward."""
-    if not torch.is_grad_enabled():
-        return _rotary(x_TNH, cos_TH, sin_TH)
-    return autograd.Rotary.apply(x_TNH, cos_TH, sin_TH, _rotary)
-
-
-def _rotary(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
-    return torch.ops.onemesh.rotary(x_TNH.contiguous(), cos_TH.contiguous(), sin_TH.contiguous())
 
 
 class CpuLayout(PagedLayout):

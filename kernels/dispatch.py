@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kernels import cpu_linear, cpu_loss, cpu_ops, invariance, reference, tiles, torch_ops
+from kernels import cpu_linear, cpu_loss, cpu_ops, cpu_rows, invariance, reference, tiles, torch_ops
 from kernels.ops import Ops, Rows
 from kernels.paged import PagedLayout
 
@@ -27,8 +27,10 @@ REFERENCE = Ops(
     add_weight_gradient=reference.add_weight_gradient,
     embedding=reference.embedding,
     rms_norm=reference.rms_norm,
+    add_rms_norm=reference.add_rms_norm,
     rotary=reference.rotary,
     silu_gate=reference.silu_gate,
+    gelu_gate=reference.gelu_gate,
     log_softmax=reference.log_softmax,
     log_sum_exp=reference.log_sum_exp,
     loss_gradient=reference.loss_gradient,
@@ -36,6 +38,7 @@ REFERENCE = Ops(
     attention_prefix=reference.attention_prefix,
     merge_attention=reference.merge_attention,
     write_pages=reference.write_pages,
+    rotary_write=reference.rotary_write,
     paged_layout=PagedLayout.build,
     attention_paged=reference.attention_paged,
 )
@@ -52,8 +55,10 @@ def torch_cpu(rule: invariance.RowRule) -> Ops:
         add_weight_gradient=functools.partial(torch_ops.add_weight_gradient, product=rule.product),
         embedding=reference.embedding,
         rms_norm=torch_ops.rms_norm,
-        rotary=reference.rotary,
+        add_rms_norm=torch_ops.add_rms_norm,
+        rotary=torch_ops.rotary,
         silu_gate=torch_ops.silu_gate,
+        gelu_gate=torch_ops.gelu_gate,
         log_softmax=reference.log_softmax,
         log_sum_exp=reference.log_sum_exp,
         loss_gradient=reference.loss_gradient,
@@ -61,6 +66,7 @@ def torch_cpu(rule: invariance.RowRule) -> Ops:
         attention_prefix=torch_ops.attention_prefix,
         merge_attention=reference.merge_attention,
         write_pages=torch_ops.write_pages,
+        rotary_write=torch_ops.rotary_write,
         paged_layout=tiles.paged_layout,
         attention_paged=functools.partial(torch_ops.attention_paged, row_multiple=rule.row_multiple),
     )
@@ -79,9 +85,12 @@ def compiled(isa: str, rule: invariance.RowRule) -> Ops:
         embedding=cpu_linear.embedding,
         log_sum_exp=cpu_loss.log_sum_exp,
         loss_gradient=cpu_loss.loss_gradient,
-        rms_norm=cpu_ops.rms_norm,
-        rotary=cpu_ops.rotary,
-        silu_gate=cpu_ops.silu_gate,
+        rms_norm=cpu_rows.rms_norm,
+        add_rms_norm=cpu_rows.add_rms_norm,
+        rotary=cpu_rows.rotary,
+        silu_gate=cpu_rows.silu_gate,
+        gelu_gate=cpu_rows.gelu_gate,
+        rotary_write=cpu_rows.rotary_write,
         paged_layout=cpu_ops.CpuLayout.build,
         attention_paged=cpu_ops.attention_paged,
     )

@@ -183,7 +183,15 @@ def _cases(ops: Ops, dtype: torch.dtype) -> Iterator[_Case]:
     for width in (576, 77):
         x, y = _random(0, 300, width, dtype=dtype), _random(1, 300, width, dtype=dtype)
         yield f"rms_norm {width}", 300, counts, lambda a, b, x=x, y=y: ops.rms_norm(x[a:b], y[0], 1e-5)
+        for i, part in enumerate(("sum", "normed")):
+            yield (
+                f"add_rms_norm {width}: {part}",
+                300,
+                counts,
+                lambda a, b, x=x, y=y, i=i: ops.add_rms_norm(x[a:b], y[a:b], y[0], 1e-5)[i],
+            )
         yield f"silu_gate {width}", 300, counts, lambda a, b, x=x, y=y: ops.silu_gate(x[a:b], y[a:b])
+        yield f"gelu_gate {width}", 300, counts, lambda a, b, x=x, y=y: ops.gelu_gate(x[a:b], y[a:b])
         heads, angle = x[:, : width // 2 * 2].unflatten(1, (-1, 2 if width % 4 else 4)), y[:, :4].float()
         cos, sin = (t[:, : heads.shape[-1]].contiguous() for t in (angle.cos(), angle.sin()))
         yield (
@@ -192,6 +200,13 @@ def _cases(ops: Ops, dtype: torch.dtype) -> Iterator[_Case]:
             counts,
             lambda a, b, h=heads, c=cos, s=sin: ops.rotary(h[a:b], c[a:b], s[a:b]),
         )
+
+        def rotated(a: int, b: int, h: Tensor = heads, c: Tensor = cos, s: Tensor = sin) -> Tensor:
+            keys, values = h.new_zeros(2, b - a, 1, *h.shape[1:])
+            q = ops.rotary_write(h[a:b], h[a:b], h[a:b], c[a:b], s[a:b], keys, values, torch.arange(b - a).flip(0))
+            return torch.cat((q, keys[:, 0].flip(0), values[:, 0].flip(0)), -1)
+
+        yield f"rotary_write {width}", 300, counts, rotated
         yield f"log_softmax {width}", 300, counts, lambda a, b, x=x: ops.log_softmax(x[a:b])
     caches = cancelling_cache(38, dtype)
     for heads in ((0, 0, 0, 1, 1, 1), (0, 1, 1)):

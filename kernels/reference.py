@@ -167,6 +167,15 @@ def rms_norm(x_TD: Tensor, w_D: Tensor, eps: float) -> Tensor:
     return w_D * x.to(x_TD.dtype)
 
 
+def add_rms_norm(x_TD: Tensor, delta_TD: Tensor, w_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`(x + delta, rms_norm(x + delta, w, eps))`, both [T, D] in x.dtype: a residual addition and the norm behind it.
+
+    The sum is rounded to x.dtype before it is normed.
+    """
+    sum_TD = x_TD + delta_TD
+    return sum_TD, rms_norm(sum_TD, w_D, eps)
+
+
 def rotary(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     """Rotary embedding in the half-split ("neox") layout of transformers -> [T, N, H] in x.dtype.
 
@@ -184,6 +193,15 @@ def silu_gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     """`silu(gate) * up` -> [T, F] in gate.dtype (SwiGLU, arXiv:2002.05202, sec. 2), rounded once."""
     work = working_dtype(gate_TF.dtype)
     return (F.silu(gate_TF.to(work)) * up_TF.to(work)).to(gate_TF.dtype)
+
+
+def gelu_gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    """`gelu(gate) * up` -> [T, F] in gate.dtype (GEGLU, arXiv:2002.05202, sec. 2), rounded once.
+
+    GELU by its tanh approximation (arXiv:1606.08415, sec. 2), which Gemma uses.
+    """
+    work = working_dtype(gate_TF.dtype)
+    return (F.gelu(gate_TF.to(work), approximate="tanh") * up_TF.to(work)).to(gate_TF.dtype)
 
 
 def log_softmax(logits_BV: Tensor) -> Tensor:
@@ -302,6 +320,21 @@ def write_pages(
     """Stores k and v of T tokens in place at flat slots `page * S + slot` (int64, all different)."""
     key_cache_PSKH.flatten(0, 1)[slots_T] = k_TKH.to(key_cache_PSKH.dtype)
     value_cache_PSKH.flatten(0, 1)[slots_T] = v_TKH.to(value_cache_PSKH.dtype)
+
+
+def rotary_write(
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    cos_TH: Tensor,
+    sin_TH: Tensor,
+    key_cache_PSKH: Tensor,
+    value_cache_PSKH: Tensor,
+    slots_T: Tensor,
+) -> Tensor:
+    """`rotary(q)`; `rotary(k)` and v go into the pages as `write_pages` stores them. Not differentiable."""
+    write_pages(key_cache_PSKH, value_cache_PSKH, rotary(k_TKH, cos_TH, sin_TH), v_TKH, slots_T)
+    return rotary(q_TNH, cos_TH, sin_TH)
 
 
 def attention_paged(

@@ -5,7 +5,7 @@ work. What that took (measured; `docs/kernels.md`):
 
 * linear: oneDNN sums over K in one order for every row count above a small minimum; calls with fewer rows are
   padded. MKL, torch's own choice for float32, is both slower on AMD and has more exceptions.
-* norm, softmax: torch reduces row by row. silu: see `autograd.silu_gate`.
+* norm, softmax: torch reduces row by row. The gates: see `autograd_rows.Gate`.
 * attention: the inner products of a query are always taken against the same blocks of keys,
   `tiles.key_extent(position)` keys from position 0 on, and its product has a multiple of `row_multiple` rows.
 """
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import autograd, reference
+from kernels import autograd, autograd_rows, reference
 from kernels.ops import LowRank, Part, Weight
 from kernels.paged import PagedLayout
 from kernels.tiles import Tile, TiledLayout
@@ -59,16 +59,40 @@ def rms_norm(x_TD: Tensor, w_D: Tensor, eps: float) -> Tensor:
     """`reference.rms_norm`, bit for bit, with a lean backward."""
     if not torch.is_grad_enabled():
         return reference.rms_norm(x_TD, w_D, eps)
-    return autograd.RmsNorm.apply(x_TD, w_D, eps, reference.rms_norm)
+    return autograd_rows.RmsNorm.apply(x_TD, w_D, eps, reference.rms_norm, autograd_rows.rms_norm_backward)
+
+
+def add_rms_norm(x_TD: Tensor, delta_TD: Tensor, w_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`reference.add_rms_norm`, bit for bit, with a lean backward."""
+    if not torch.is_grad_enabled():
+        return reference.add_rms_norm(x_TD, delta_TD, w_D, eps)
+    return autograd_rows.AddRmsNorm.apply(
+        x_TD, delta_TD, w_D, eps, reference.add_rms_norm, autograd_rows.rms_norm_backward
+    )
+
+
+def rotary(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+    """`reference.rotary`, bit for bit, with a lean backward."""
+    if not torch.is_grad_enabled():
+        return reference.rotary(x_TNH, cos_TH, sin_TH)
+    return autograd_rows.Rotary.apply(x_TNH, cos_TH, sin_TH, autograd_rows.rotary)
 
 
 def silu_gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     """`reference.silu_gate`, row-invariant, with a lean backward."""
-    if gate_TF.shape != up_TF.shape:
-        raise ValueError(f"silu_gate: gate {tuple(gate_TF.shape)} and up {tuple(up_TF.shape)} must have one shape")
+    return _gate(autograd_rows.SILU, gate_TF, up_TF)
+
+
+def gelu_gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    """`reference.gelu_gate`, row-invariant, with a lean backward."""
+    return _gate(autograd_rows.GELU, gate_TF, up_TF)
+
+
+def _gate(gate: autograd_rows.Gate, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    autograd_rows.check_gate(gate.name, gate_TF, up_TF)
     if not torch.is_grad_enabled():
-        return autograd.silu_gate(gate_TF, up_TF)
-    return autograd.SiluGate.apply(gate_TF, up_TF, autograd.silu_gate)
+        return gate.forward(gate_TF, up_TF)
+    return autograd_rows.Gated.apply(gate_TF, up_TF, gate.forward, gate.backward)
 
 
 def attention_varlen(
@@ -113,6 +137,21 @@ def write_pages(
                 f"of a cache {tuple(cache.shape)} {cache.dtype}"
             )
         cache.flatten(0, 1).index_copy_(0, slots_T, rows)
+
+
+def rotary_write(
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    cos_TH: Tensor,
+    sin_TH: Tensor,
+    key_cache_PSKH: Tensor,
+    value_cache_PSKH: Tensor,
+    slots_T: Tensor,
+) -> Tensor:
+    """`reference.rotary_write`."""
+    write_pages(key_cache_PSKH, value_cache_PSKH, reference.rotary(k_TKH, cos_TH, sin_TH), v_TKH, slots_T)
+    return reference.rotary(q_TNH, cos_TH, sin_TH)
 
 
 def attention_paged(

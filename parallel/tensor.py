@@ -169,6 +169,9 @@ class Norm(nn.Module):
         spec, self.weight = build.parameter(f"{name}.weight", build.architecture.width)
         self.specs = {"weight": spec}
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """[T, D] -> [T, D] in x's dtype."""
-        return self.ops.rms_norm(x_TD, self.weight.to(x_TD.dtype), self.eps)
+    def forward(self, x_TD: Tensor, delta_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(x, norm(x)), or with a delta (x + delta, norm(x + delta)): [T, D] each, in x's dtype."""
+        weight = self.weight.to(x_TD.dtype)
+        if delta_TD is None:
+            return x_TD, self.ops.rms_norm(x_TD, weight, self.eps)
+        return self.ops.add_rms_norm(x_TD, delta_TD, weight, self.eps)

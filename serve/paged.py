@@ -12,6 +12,7 @@ from kernels.dispatch import Ops
 from kernels.paged import PagedLayout
 from parallel.model.attend import window_of
 from parallel.model.decoder import Decoder, Stage
+from parallel.model.step import Angles
 from parallel.sharding import Cut
 
 
@@ -58,10 +59,10 @@ class PagedAttend:
     slot_T: Tensor
     """int64 [T]: flat cache slot of each token."""
 
-    def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        """[T, N/tp, H] in q's dtype."""
+    def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, angles: Angles) -> Tensor:
+        """[T, N/tp, H] in q's dtype; q and k come without rotary."""
         keys, values = self.cache.of(layer)
-        self.ops.write_pages(keys, values, k_TKH, v_TKH, self.slot_T)
+        q_TNH = self.ops.rotary_write(q_TNH, k_TKH, v_TKH, *angles, keys, values, self.slot_T)
         out, _ = self.ops.attention_paged(
             q_TNH,
             keys,

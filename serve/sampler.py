@@ -8,12 +8,10 @@ Order of operations, as in vLLM and transformers:
 
 A draw is the inverse CDF of what is left, sorted by falling logit (ties by rising id), at one uniform number
 that is a hash of (request seed, index of the token in the output). So there is no generator state: a request
-gets the same tokens in any batch, after preemption, and on any rank.
+gets the same tokens in any batch, after preemption, and on any rank. `kernels.sampling` defines it to the bit.
 
-Rows are worked on one by one in host memory with numpy: whatever a row's neighbours ask for, exactly the same
-operations run on its V values, so its result can't depend on them; and numpy's argmax and partition on a CPU
-are several times faster than torch's max and topk. A full sort (about 4 ms for V=49152) is avoided: a row
-is sorted only as far down as its draw needs.
+Rows that need no mask, bias or penalty are drawn from in place, all in one call, threads sharing them; for the others
+one row is copied and changed at a time. A row's result depends on nothing but its V values and its own request.
 """
 
 from __future__ import annotations
@@ -22,25 +20,24 @@ import hashlib
 import math
 import struct
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kernels import sampling
+from kernels.sampling import SamplingOps
 from serve.request import INVALID_TOKEN, Request, SamplingParams, TokenLogprob
 
 Row = NDArray[np.float32]
-
-FIRST_SORTED = 512
-"""How many of the largest logits are sorted at first; each further attempt sorts 16 times as many."""
 
 
 class Sampler:
     """Samples one token per row. Holds no state but the ids that end a text."""
 
-    def __init__(self, eos_ids: frozenset[int]) -> None:
-        self._eos_ids = eos_ids
+    def __init__(self, eos_ids: frozenset[int], ops: SamplingOps | None = None) -> None:
+        self._eos_ids, self._ops = eos_ids, ops or sampling.select()
 
     def sample(
         self, logits_BV: torch.Tensor, requests: Sequence[Request], histories: Sequence[Sequence[int]]
@@ -57,31 +54,44 @@ class Sampler:
             len(requests),
             len(histories),
         )
-        ids: list[int] = []
-        logprobs: list[TokenLogprob | None] = []
-        rows: Row = logits_BV.detach().cpu().numpy()
-        for row_V, request, tokens in zip(rows, requests, histories, strict=True):
-            token = self._next(row_V, request, tokens)
-            num_top = request.sampling.logprobs
-            ids.append(token)
-            if num_top is None or token == INVALID_TOKEN:
-                logprobs.append(None)
-            else:
-                logprobs.append(token_logprob(row_V, token, num_top))
-        return ids, logprobs
+        logits_BV = logits_BV.detach().cpu()
+        ids = self._next(logits_BV, requests, histories)
+        num_top = {
+            row: request.sampling.logprobs
+            for row, request in enumerate(requests)
+            if request.sampling.logprobs is not None and ids[row] != INVALID_TOKEN
+        }
+        asked = list(num_top)
+        entries = _logprobs(self._ops, logits_BV, asked, [ids[row] for row in asked], list(num_top.values()))
+        found = dict(zip(asked, entries, strict=True))
+        return ids, [found.get(row) for row in range(len(ids))]
 
-    def _next(self, row_V: Row, request: Request, tokens: Sequence[int]) -> int:
-        if not math.isfinite(row_V.max()):  # numpy's max is nan if any element is
-            return INVALID_TOKEN
-        sampling = request.sampling
-        num_generated = len(tokens) - len(request.prompt)
-        adjusted_V = adjust(row_V, sampling, tokens, num_generated, self._eos_ids)
-        best = int(adjusted_V.argmax())  # the first of equals
-        if not math.isfinite(adjusted_V[best]):
-            return INVALID_TOKEN
-        if sampling.is_greedy:
-            return best
-        return draw(adjusted_V, sampling, uniform(request.seed, num_generated))
+    def _next(
+        self, logits_BV: torch.Tensor, requests: Sequence[Request], histories: Sequence[Sequence[int]]
+    ) -> list[int]:
+        rows: Row = logits_BV.numpy()
+        changed: dict[int, Row] = {}
+        numbers: list[float] = []
+        for row, (request, tokens) in enumerate(zip(requests, histories, strict=True)):
+            num_generated = len(tokens) - len(request.prompt)
+            numbers.append(uniform(request.seed, num_generated))
+            row_V = rows[row]
+            adjusted_V = adjust(row_V, request.sampling, tokens, num_generated, self._eos_ids)
+            if adjusted_V is not row_V:
+                # a masked nan or +inf still says that no number of this row can be trusted
+                changed[row] = adjusted_V if math.isfinite(row_V.max()) else np.full_like(row_V, np.nan)
+        plain = [row for row in range(len(rows)) if row not in changed]
+        batches: list[tuple[torch.Tensor, Sequence[int], list[int]]] = [(logits_BV, plain, plain)]
+        if changed:
+            copies_BV = torch.from_numpy(np.stack(list(changed.values())))
+            batches.append((copies_BV, range(len(changed)), list(changed)))
+        ids = [INVALID_TOKEN] * len(rows)
+        for source_BV, places, chosen in batches:
+            params = [requests[row].sampling for row in chosen]
+            drawn = _draw(self._ops, source_BV, places, params, [numbers[row] for row in chosen])
+            for row, id in zip(chosen, drawn, strict=True):
+                ids[row] = id
+        return ids
 
 
 def uniform(seed: int, index: int) -> float:
@@ -121,79 +131,56 @@ def adjust(
     return row_V
 
 
-def draw(row_V: Row, sampling: SamplingParams, u: float) -> int:
+def draw(row_V: Row, params: SamplingParams, u: float) -> int:
     """The token at quantile `u` in [0, 1) of the distribution that temperature, min_p, top_k and top_p leave.
 
-    row_V: adjusted logits, the largest one finite. Probabilities are kept as weights relative to the largest,
-    in float64: w = exp((logit - largest) / temperature).
+    row_V: adjusted logits. `INVALID_TOKEN` unless the largest one is finite.
     """
-    total: float | None = None
-    for ids, values, is_all in _sorted_prefixes(row_V, sampling):
-        weights = np.exp((values.astype(np.float64) - np.float64(values[0])) / sampling.temperature)
-        sums = np.cumsum(weights)
-        if is_all:
-            total = float(sums[-1])
-        elif total is None:
-            total = _total_weight(row_V, float(values[0]), sampling.temperature)
-        last = int(np.searchsorted(sums, sampling.top_p * total))  # where the mass reaches top_p
-        if last < len(sums):
-            mass = float(sums[last])
-        elif sampling.top_p == 1:
-            mass = total
-        else:
-            continue
-        chosen = int(np.searchsorted(sums, u * mass, side="right"))
-        if chosen < len(sums):
-            return int(ids[chosen])
-    raise AssertionError("the last prefix holds everything")
+    return _draw(sampling.select(), torch.from_numpy(row_V)[None], [0], [params], [u])[0]
 
 
 def token_logprob(row_V: Row, token: int, num_top: int) -> TokenLogprob:
     """The log-softmax of one row at `token`, and its `num_top` largest entries (fewer if others are -inf)."""
-    largest = float(row_V.max())
-    norm = largest + math.log(_total_weight(row_V, largest, 1.0))
-    top: list[tuple[int, float]] = []
-    if num_top:
-        ids, values = _sorted_from(row_V, _kth_largest(row_V, num_top))
-        pairs = zip(ids[:num_top].tolist(), values[:num_top].tolist(), strict=True)
-        top = [(id, value - norm) for id, value in pairs if value > -math.inf]
-    return TokenLogprob(id=token, logprob=float(row_V[token]) - norm, top=tuple(top))
+    return _logprobs(sampling.select(), torch.from_numpy(row_V)[None], [0], [token], [num_top])[0]
 
 
-def _sorted_prefixes(row_V: Row, sampling: SamplingParams) -> Iterator[tuple[NDArray[np.int64], Row, bool]]:
-    """Ever longer prefixes (ids, logits) of the sorted row under min_p and top_k, and whether each is all.
-
-    A prefix holds either all or none of the tokens with equal logits, so which tokens precede another one
-    doesn't depend on where a prefix ends.
-    """
-    floor = -math.inf
-    if sampling.min_p:
-        floor = float(row_V.max()) + sampling.temperature * math.log(sampling.min_p)
-    if sampling.top_k > 0:
-        floor = max(floor, _kth_largest(row_V, sampling.top_k))
-    count = FIRST_SORTED
-    while floor == -math.inf and count < len(row_V):
-        ids, values = _sorted_from(row_V, _kth_largest(row_V, count))
-        yield ids, values, False
-        count *= 16
-    ids, values = _sorted_from(row_V, floor)
-    yield ids, values, True
-
-
-def _kth_largest(row_V: Row, k: int) -> float:
-    k = min(k, len(row_V))
-    return float(np.partition(row_V, len(row_V) - k)[len(row_V) - k])
+def _draw(
+    ops: SamplingOps,
+    logits_BV: torch.Tensor,
+    rows: Sequence[int],
+    params: Sequence[SamplingParams],
+    numbers: Sequence[float],
+) -> list[int]:
+    """A token for each of the rows, with these params and uniform numbers."""
+    temperatures = [0.0 if one.is_greedy else one.temperature for one in params]
+    ids = ops.draw(
+        logits_BV,
+        _integers(rows),
+        _floats(temperatures),
+        _integers([one.top_k for one in params]),
+        _floats([one.top_p for one in params]),
+        _floats([one.min_p for one in params]),
+        _floats(numbers),
+    )
+    return [INVALID_TOKEN if id < 0 else id for id in ids.tolist()]
 
 
-def _sorted_from(row_V: Row, floor: float) -> tuple[NDArray[np.int64], Row]:
-    """Ids and logits of all tokens with logits >= floor, by falling logit, ties by rising id."""
-    ids = np.flatnonzero(row_V >= np.float32(floor))
-    ids = ids[np.argsort(-row_V[ids], kind="stable")]
-    return ids, row_V[ids]
+def _logprobs(
+    ops: SamplingOps, logits_BV: torch.Tensor, rows: Sequence[int], ids: Sequence[int], num_top: Sequence[int]
+) -> list[TokenLogprob]:
+    """The log-probability of an id, and the largest ones, for each of the rows."""
+    num_top = [min(count, logits_BV.shape[1]) for count in num_top]
+    found, top_ids, top_values = ops.logprobs(logits_BV, _integers(rows), _integers(ids), _integers(num_top))
+    tops = zip(top_ids.tolist(), top_values.tolist(), strict=True)
+    pairs = [tuple((j, value) for j, value in zip(*top, strict=True) if j >= 0) for top in tops]
+    return [
+        TokenLogprob(id=id, logprob=value, top=top) for id, value, top in zip(ids, found.tolist(), pairs, strict=True)
+    ]
 
 
-def _total_weight(row_V: Row, largest: float, temperature: float) -> float:
-    """Sum over the row of exp((logit - largest) / temperature), added up in float64."""
-    with np.errstate(over="ignore"):  # logits masked by float32's lowest value
-        weights_V = np.exp((row_V - np.float32(largest)) * np.float32(1 / temperature))
-    return float(weights_V.sum(dtype=np.float64))
+def _integers(values: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _floats(values: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)

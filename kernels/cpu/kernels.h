@@ -62,6 +62,95 @@ struct TransposeArgs {
   int64_t stride, rows;
 };
 
+// Rows of a matrix that lie `stride` elements apart; the elements of a row are dense.
+struct Rows {
+  const void* data;
+  int64_t stride;
+};
+
+// out = weight * x / rms(x); with `sum`: sum = x + delta takes the place of x.
+struct NormArgs {
+  void* out;  // [T, width]
+  void* sum;  // [T, width] or null
+  Rows x, delta;
+  const void* weight;  // [width]
+  float eps;
+  int64_t width;
+};
+
+// Rows whose gradients of the weight are summed before blocks are: fixed, so that threads don't matter.
+constexpr int64_t NORM_BLOCK = 32;
+
+struct NormGradArgs {
+  void* grad_x;         // [T, width]
+  float* weight_parts;  // [blocks, width] or null
+  Rows grad, grad_sum, x;  // grad_sum.data may be null
+  const void* weight;
+  float eps;
+  int64_t num_rows, width;
+};
+
+struct GateArgs {
+  void* out;  // [T, width]
+  Rows gate, up;
+  int64_t width;
+  bool is_gelu;
+};
+
+struct GateGradArgs {
+  void *grad_gate, *grad_up;  // [T, width]
+  Rows grad, gate, up;
+  int64_t width;
+  bool is_gelu;
+};
+
+struct RotaryArgs {
+  void* out;  // [T, N, H]
+  Rows x;
+  const float *cos, *sin;  // [T, H]
+  int64_t num_heads, head_dim;
+  float sign;  // of the angles
+};
+
+// Where rotated keys, and values, are kept.
+struct PagesArgs {
+  void *keys, *values;  // [P, S, K, H]
+  Rows k, v;
+  const int64_t* slots;  // [T]
+  int64_t num_kv_heads;
+};
+
+struct EmbeddingGradArgs {
+  void* grad_weight;  // [V, width]
+  Rows grad;
+  const int64_t* starts;  // [V + 1]: tokens of id i are tokens[starts[i]] .. tokens[starts[i + 1] - 1], ascending
+  const int64_t* tokens;  // [T]
+  int64_t width;
+};
+
+// Draws from rows of logits; `kernels.sampling` has the definition.
+struct DrawArgs {
+  int64_t* ids;  // [n], -1 where a row's largest logit isn't finite
+  const float* logits;
+  int64_t row_stride;
+  const int64_t* rows;  // [n] of the logits
+  const double* temperature;  // [n], 0: the largest
+  const int64_t* top_k;
+  const double *top_p, *min_p, *u;
+  int64_t vocab;
+};
+
+// Log-probabilities of ids, and the largest num_top <= width ones of their rows.
+struct LogProbArgs {
+  double* logprob;       // [n]
+  int64_t* top_ids;      // [n, width], -1 past the last
+  double* top_logprobs;  // [n, width]
+  const float* logits;
+  int64_t row_stride;
+  const int64_t *rows, *ids, *num_top;  // [n]
+  int64_t width, vocab;
+};
+
 // Every kernel and its arguments. Compiled once per instruction set as <name>_<ISA> (KERNEL below defines one).
 #define EVERY_KERNEL(X)                                                                                                \
   X(attend, (const PagedAttention&, const Part&, bool is_bf16))                                                        \
@@ -80,13 +169,17 @@ struct TransposeArgs {
   X(log_sum_exp, (float* out, const float* x, int64_t width, int64_t first, int64_t last))                             \
   X(loss_gradient, (void* out, const float* x, const float* lse, const int64_t* target, int64_t width, int64_t first,  \
                     int64_t last, bool is_bf16))                                                                       \
-  /* elements [first, last) */                                                                                         \
-  X(silu_gate, (void* out, const void* gate, const void* up, int64_t first, int64_t last, bool is_bf16))               \
-  /* rows [first, last) of [T, width] */                                                                               \
-  X(rms_norm, (void* out, const void* x, const void* weight, float eps, int64_t width, int64_t first, int64_t last,    \
-               bool is_bf16))                                                                                          \
-  X(rotary, (void* out, const void* x, const float* cos, const float* sin, int64_t num_heads, int64_t head_dim,        \
-             int64_t first, int64_t last, bool is_bf16))
+  /* rows [first, last) */                                                                                             \
+  X(norm, (const NormArgs&, int64_t first, int64_t last, bool is_bf16))                                                \
+  X(norm_backward, (const NormGradArgs&, int64_t first_block, int64_t last_block, bool is_bf16))                       \
+  X(sum_rows, (void* out, const float* x, int64_t num_rows, int64_t width, bool is_bf16))                              \
+  X(gate, (const GateArgs&, int64_t first, int64_t last, bool is_bf16))                                                \
+  X(gate_backward, (const GateGradArgs&, int64_t first, int64_t last, bool is_bf16))                                   \
+  X(rotary, (const RotaryArgs&, int64_t first, int64_t last, bool is_bf16))                                            \
+  X(rotary_write, (const RotaryArgs& q, const PagesArgs&, int64_t first, int64_t last, bool is_bf16))                  \
+  X(embedding_backward, (const EmbeddingGradArgs&, int64_t first_id, int64_t last_id, bool is_bf16))                   \
+  X(draw, (const DrawArgs&, int64_t first, int64_t last))                                                              \
+  X(logprobs, (const LogProbArgs&, int64_t first, int64_t last))
 
 struct Kernels {
   const char* name;  // of the instruction set

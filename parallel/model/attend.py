@@ -9,6 +9,7 @@ from torch import Tensor
 
 from conf.schema import Architecture
 from kernels.dispatch import Ops
+from parallel.model.step import Angles
 from parallel.sharding import Cut
 
 
@@ -35,8 +36,9 @@ class DocumentAttend:
     first_layer: int = 0
     """Global number of this stage's first layer, where `prefix` starts."""
 
-    def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        """[T, N/tp, H] in q's dtype."""
+    def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, angles: Angles) -> Tensor:
+        """[T, N/tp, H] in q's dtype; q and k come without rotary."""
+        q_TNH, k_TKH = self.ops.rotary(q_TNH, *angles), self.ops.rotary(k_TKH, *angles)
         scale = self.architecture.head_dim**-0.5
         out, lse = self.ops.attention_varlen(
             q_TNH,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from parallel import regions
-from parallel.model.step import Step
+from parallel.model.step import Angles, Step
 from parallel.tensor import Build, Linear, Norm, together
 
 
@@ -15,19 +15,18 @@ class Attention(nn.Module):
     def __init__(self, build: Build, name: str, layer: int) -> None:
         super().__init__()
         a = build.architecture
-        self.layer, self.ops, self.head_dim = layer, build.ops, a.head_dim
+        self.layer, self.head_dim = layer, a.head_dim
         q_width, kv_width = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
         self.q_proj = Linear(build, f"{name}.q_proj", q_width, a.width, bias=a.qkv_bias, row=False)
         self.k_proj = Linear(build, f"{name}.k_proj", kv_width, a.width, bias=a.qkv_bias, row=False)
         self.v_proj = Linear(build, f"{name}.v_proj", kv_width, a.width, bias=a.qkv_bias, row=False)
         self.o_proj = Linear(build, f"{name}.o_proj", a.width, q_width, bias=a.output_bias, row=True)
 
-    def forward(self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], step: Step) -> Tensor:
+    def forward(self, x_TD: Tensor, angles: Angles, step: Step) -> Tensor:
         """[T, D] inside the tensor region -> [T, D] summed over the tensor axis."""
         heads = together((self.q_proj, self.k_proj, self.v_proj), x_TD, step)
         q_TNH, k_TKH, v_TKH = (x.unflatten(-1, (-1, self.head_dim)) for x in heads)
-        q_TNH, k_TKH = self.ops.rotary(q_TNH, *rotary), self.ops.rotary(k_TKH, *rotary)
-        out_TNH = step.attend(self.layer, q_TNH, k_TKH, v_TKH)
+        out_TNH = step.attend(self.layer, q_TNH, k_TKH, v_TKH, angles)
         return self.o_proj(out_TNH.flatten(1), step)
 
 
@@ -48,7 +47,10 @@ class GatedMlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Each addition happens in one kernel with the norm behind it, so that the last one is left to the next block's norm.
+    """
 
     def __init__(self, build: Build, layer: int) -> None:
         super().__init__()
@@ -59,9 +61,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = Norm(build, f"{name}.post_attention_layernorm")
         self.mlp = GatedMlp(build, f"{name}.mlp")
 
-    def forward(self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], step: Step) -> Tensor:
-        """[T, D] -> [T, D], replicated over the tensor axis."""
-        h_TD = regions.enter(self.input_layernorm(x_TD), self.tensor)
-        x_TD = x_TD + self.self_attn(h_TD, rotary, step)
-        h_TD = regions.enter(self.post_attention_layernorm(x_TD), self.tensor)
-        return x_TD + self.mlp(h_TD, step)
+    def forward(self, x_TD: Tensor, delta_TD: Tensor | None, angles: Angles, step: Step) -> tuple[Tensor, Tensor]:
+        """Input x (+ delta, if there is one), output x + delta: [T, D] each, replicated over the tensor axis."""
+        x_TD, h_TD = self.input_layernorm(x_TD, delta_TD)
+        delta_TD = self.self_attn(regions.enter(h_TD, self.tensor), angles, step)
+        x_TD, h_TD = self.post_attention_layernorm(x_TD, delta_TD)
+        return x_TD, self.mlp(regions.enter(h_TD, self.tensor), step)

@@ -84,15 +84,21 @@ class Decoder(nn.Module):
         if self.stage.is_first:
             assert self.embed_tokens is not None
             x = self.embed_tokens(x)
-        rotary = rope.angles(step.position_T, self.rope_frequency, self.rope_factor, self.dtype)
+        angles = rope.angles(step.position_T, self.rope_frequency, self.rope_factor, self.dtype)
+        delta: Tensor | None = None  # of the last block, not yet added to x
         for layer in self.layers.values():
-            if step.recompute:
-                x = checkpoint(layer, x, rotary, step, use_reentrant=False, preserve_rng_state=False)
+            if step.recompute:  # of the sum: one tensor a block is kept
+                x, delta = checkpoint(
+                    layer, _added(x, delta), None, angles, step, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                x = layer(x, rotary, step)
+                x, delta = layer(x, delta, angles, step)
         if self.norm is None:
-            return x
-        return self.norm(x if step.rows is None else x[step.rows])
+            return _added(x, delta)
+        if step.rows is not None:
+            x = self.ops.embedding(step.rows, x)
+            delta = None if delta is None else self.ops.embedding(step.rows, delta)
+        return self.norm(x, delta)[1]
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """[B, V/tp]: this rank's columns of the logits of normed states, in the working dtype; last stage only."""
@@ -101,6 +107,10 @@ class Decoder(nn.Module):
     def placed(self) -> Iterator[tuple[Spec, nn.Parameter]]:
         """Every parameter of this rank with its placement, adapters included, in construction order."""
         return placed(self)
+
+
+def _added(x_TD: Tensor, delta_TD: Tensor | None) -> Tensor:
+    return x_TD if delta_TD is None else x_TD + delta_TD
 
 
 def placed(module: nn.Module) -> Iterator[tuple[Spec, nn.Parameter]]:

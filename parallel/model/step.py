@@ -12,12 +12,18 @@ from torch import Tensor
 
 from parallel.randomness import DropoutKey
 
+Angles = tuple[Tensor, Tensor]
+"""cos and sin [T, H] of the tokens' rotary angles, in the working dtype."""
+
 
 class Attend(Protocol):
     """Attention of this step's tokens; knows where keys and values are kept and who sees what."""
 
-    def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        """Attends in global layer `layer` with local heads, rotary applied -> [T, N, H] in q's dtype."""
+    def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, angles: Angles) -> Tensor:
+        """Turns q and k by the angles and attends in global layer `layer` with local heads -> [T, N, H] in q's dtype.
+
+        Rotary embedding is here because serving turns keys on their way into the cache.
+        """
         ...
 
 

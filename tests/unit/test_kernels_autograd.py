@@ -1,13 +1,10 @@
 """The hand-written backward passes against finite differences and against the reference's autograd."""
 
-import itertools
-
 import pytest
 import torch
 
-from kernels import autograd, reference, torch_ops
+from kernels import reference, torch_ops
 from kernels.dispatch import REFERENCE, select
-from tests.backends import BACKENDS, backend
 
 CPU = torch.device("cpu")
 
@@ -54,20 +51,6 @@ def test_gradcheck_of_prefix_merged_with_documents(kv_index):
 
     inputs = leaves((5, 4, 3), (5, 2, 3), (5, 2, 3), (3, 2, 3), (3, 2, 3))
     assert torch.autograd.gradcheck(merged, inputs)
-
-
-def test_gradcheck_of_norm_gate_and_rotary():
-    assert torch.autograd.gradcheck(
-        lambda x, w: autograd.RmsNorm.apply(x, w, 1e-5, reference.rms_norm), leaves((5, 6), (6,)), nondet_tol=0.0
-    )
-    assert torch.autograd.gradcheck(
-        lambda gate, up: autograd.SiluGate.apply(gate, up, autograd.silu_gate), leaves((5, 6), (5, 6))
-    )
-    half = draw(5, 3, seed=2)
-    angle = torch.cat((half, half), -1)
-    assert torch.autograd.gradcheck(
-        lambda x: autograd.Rotary.apply(x, angle.cos(), angle.sin(), reference.rotary), leaves((5, 2, 6))
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -156,26 +139,6 @@ def test_linear_builds_a_graph_only_for_what_is_trained():
     bias = draw(4, dtype=torch.float32).requires_grad_()
     ops.linear(x, w, bias).sum().backward()
     assert torch.equal(bias.grad, torch.full((4,), 3.0))
-
-
-@pytest.mark.parametrize("kernels", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norm_gate_and_rotary_agree_with_the_reference(dtype, kernels):
-    ops = backend(kernels, dtype)
-    half = draw(33, 10, seed=3, dtype=torch.float32)
-    angle = torch.cat((half, half), -1)
-    cases = {
-        "rms_norm": (leaves((33, 40), (40,), dtype=dtype), (1e-5,)),
-        "silu_gate": (leaves((33, 40), (33, 40), dtype=dtype), ()),
-        "rotary": (leaves((33, 2, 20), dtype=dtype), (angle.cos(), angle.sin())),
-    }
-    for name, (inputs, rest) in cases.items():
-        outs = [getattr(ops, name)(*inputs, *rest) for ops in (ops, REFERENCE)]
-        weight = draw(*outs[0].shape, seed=9, dtype=dtype)
-        grads = [torch.autograd.grad((out * weight).sum(), inputs) for out in outs]
-        for got, expected in itertools.chain([outs], zip(*grads, strict=True)):
-            assert got.dtype == dtype
-            assert relative(got, expected) < 4 * torch.finfo(dtype).eps, name
 
 
 def test_float64_uses_the_reference():

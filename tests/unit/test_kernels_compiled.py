@@ -32,6 +32,7 @@ from kernels import cpu_ops
 from kernels.dispatch import REFERENCE, select
 from kernels.invariance import check_row_invariance
 from tests.backends import packed
+from tests.unit.test_kernels_rows_gradients import check_gradients
 
 assert cpu_ops.load() == sys.argv[1]
 for dtype in (torch.float32, torch.bfloat16):
@@ -50,7 +51,9 @@ for dtype in (torch.float32, torch.bfloat16):
             t(q), t(k), t(v), o.paged_layout(*layout, **more), kv_index=(0, 1, 1, 0, 0), window=60, scale=0.2)[0],
         "linear": lambda o, t: o.linear(t(x), packed(o, t(y)), t(x[:, 0].contiguous())),
         "silu_gate": lambda o, t: o.silu_gate(t(x), t(y)),
+        "gelu_gate": lambda o, t: o.gelu_gate(t(x), t(y)),
         "rms_norm": lambda o, t: o.rms_norm(t(x), t(y[0]), 1e-5),
+        "add_rms_norm": lambda o, t: o.add_rms_norm(t(x), t(y), t(y[0]), 1e-5)[1],
         "rotary": lambda o, t: o.rotary(t(q), t(angle.cos()), t(angle.sin())),
     }
     with torch.no_grad():
@@ -59,6 +62,7 @@ for dtype in (torch.float32, torch.bfloat16):
             plain, got = case(REFERENCE, lambda t: t).double(), case(ops, lambda t: t).double()
             error, allowed = (got - exact).abs().max(), (plain - exact).abs().max()
             assert error <= 2 * allowed + torch.finfo(dtype).eps * exact.abs().max(), (name, dtype, error, allowed)
+    check_gradients(dtype)
 print("checked")
 """
 
@@ -279,21 +283,6 @@ def test_nan_is_never_swallowed(dtype, bad):
             else:  # queries computed together may show it too
                 assert all(g for g, s in zip(got, sees, strict=True) if s)
                 assert not lse.isnan().any()
-
-
-def test_bad_arguments_of_the_row_ops():
-    ops = torch.ops.onemesh
-    x = torch.zeros(3, 8)
-    with pytest.raises(RuntimeError, match="silu_gate: gate and up differ in shape"):
-        ops.silu_gate(x, torch.zeros(3, 9))
-    with pytest.raises(RuntimeError, match="silu_gate: up has another dtype"):
-        ops.silu_gate(x, x.bfloat16())
-    with pytest.raises(RuntimeError, match="rms_norm: weight has 9 entries, x 8"):
-        ops.rms_norm(x, torch.zeros(9), 1e-5)
-    with pytest.raises(RuntimeError, match="rotary: cos doesn't fit x"):
-        ops.rotary(torch.zeros(3, 2, 8), torch.zeros(3, 4), torch.zeros(3, 8))
-    with pytest.raises(RuntimeError, match="rotary: the head dim 7 is odd"):
-        ops.rotary(torch.zeros(3, 2, 7), torch.zeros(3, 7), torch.zeros(3, 7))
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0, 0)])

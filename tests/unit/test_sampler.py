@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.sampling import FIRST_SORTED
 from serve.request import INVALID_TOKEN, Request, SamplingParams
-from serve.sampler import FIRST_SORTED, Sampler, adjust, draw, token_logprob, uniform
+from serve.sampler import Sampler, adjust, draw, token_logprob, uniform
 
 EOS = frozenset({2, 3})
 

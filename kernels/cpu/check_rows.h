@@ -1,0 +1,47 @@
+// Rows of tensors for the ops over rows, and how many of them a thread should get.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+#include "checks.h"
+#include "kernels.h"
+
+namespace {
+
+// x as rows: as it is if only its first dim has an odd stride (a part of a wider matrix), else a dense copy.
+inline Tensor as_rows(const char* op, const char* name, const Tensor& x, int64_t dims) {
+  STD_TORCH_CHECK(x.dim() == dims, op, ": ", name, " has ", x.dim(), " dimensions, not ", dims);
+  STD_TORCH_CHECK(is_bf16(x) || x.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32 or bfloat16");
+  int64_t dense = 1;
+  for (int64_t i = dims - 1; i > 0; --i) {
+    if (x.size(i) != 1 && x.stride(i) != dense) return torch::stable::contiguous(x);
+    dense *= x.size(i);
+  }
+  return x;
+}
+
+// x without gaps: itself or a copy.
+inline Tensor dense(const char* op, const char* name, const Tensor& x, int64_t dims, ScalarType type) {
+  STD_TORCH_CHECK(x.dim() == dims, op, ": ", name, " has ", x.dim(), " dimensions, not ", dims);
+  STD_TORCH_CHECK(x.scalar_type() == type, op, ": ", name, " has the wrong dtype");
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+inline Rows rows_of(const Tensor& x) { return {x.const_data_ptr(), x.stride(0)}; }
+
+inline void check_shape(const char* op, const char* name, const Tensor& x, const char* other_name, const Tensor& other) {
+  check_same(op, name, x, other);
+  bool same = x.dim() == other.dim();
+  for (int64_t i = 0; same && i < x.dim(); ++i) same = x.size(i) == other.size(i);
+  STD_TORCH_CHECK(same, op, ": ", other_name, " and ", name, " differ in shape");
+}
+
+// f(first, last) for parts of `rows` rows of `width` elements, each worth a thread.
+template <class F>
+void share_rows(int64_t rows, int64_t width, const F& f) {
+  constexpr int64_t GRAIN = 1 << 14;  // elements
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(GRAIN / std::max<int64_t>(width, 1), 1), f);
+}
+
+}  // namespace
