@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kernels import cpu_ops, invariance, reference, tiles, torch_ops
+from kernels import cpu_attention, cpu_ops, invariance, reference, tiles, torch_ops
 from kernels.ops import Ops, Rows
 from kernels.paged import PagedLayout
 
@@ -57,7 +57,7 @@ def torch_cpu(rule: invariance.RowRule) -> Ops:
 
 
 def compiled(isa: str, rule: invariance.RowRule) -> Ops:
-    """The C++ backend; linears of weights that aren't packed and the attention of training are torch's."""
+    """The C++ backend; linears of weights that aren't packed are torch's."""
     plain = torch_cpu(rule)
     return replace(
         plain,
@@ -68,8 +68,10 @@ def compiled(isa: str, rule: invariance.RowRule) -> Ops:
         rms_norm=cpu_ops.rms_norm,
         rotary=cpu_ops.rotary,
         silu_gate=cpu_ops.silu_gate,
-        paged_layout=cpu_ops.CpuLayout.build,
-        attention_paged=cpu_ops.attention_paged,
+        attention_varlen=cpu_attention.attention_varlen,
+        attention_prefix=cpu_attention.attention_prefix,
+        paged_layout=cpu_attention.CpuLayout.build,
+        attention_paged=cpu_attention.attention_paged,
     )
 
 
