@@ -1,7 +1,8 @@
 """The C++ backend: ops of `kernels.reference` for float32 and bfloat16 on CPUs, compiled once per instruction set.
 
-`kernels/cpu/` has the sources, `kernels.cpu_attention` the attention. Where the library wasn't built (no compiler at installation), `load` returns None and
-torch's kernels do all the work. Linears of packed weights aren't differentiable, the rest is.
+`kernels/cpu/` has the sources, `kernels.cpu_attention` the attention. Where the library wasn't built (no compiler at
+installation), `load` returns None and torch's kernels do all the work. Linears of packed weights aren't differentiable,
+the rest is.
 """
 
 from collections.abc import Callable

@@ -71,22 +71,23 @@ struct Attend {
     return a.heads[a.first_head[kv_head] + row % group];
   }
 
-  // First elements of n slots from key `first` on, of kv head 0.
+  // First elements of the keys [first, first + n) for kv head 0; up to KEY_BLOCK the last one again.
   void find(int64_t first, int64_t n, int64_t* offsets) const {
     const int64_t size = a.num_kv_heads * a.head_dim;
-    if (!a.table) {
-      for (int64_t i = 0; i < n; ++i) offsets[i] = (s.first_key + first + i) * size;
-      return;
-    }
-    for (int64_t i = 0; i < n;) {
+    int64_t i = 0;
+    if (!a.table)
+      for (; i < n; ++i) offsets[i] = (s.first_key + first + i) * size;
+    while (i < n) {
       const bool in_prefix = first + i < s.prefix;
-      const int64_t at = first + i - (in_prefix ? 0 : s.prefix), slot = at % a.page_size;
+      const uint64_t at = first + i - (in_prefix ? 0 : s.prefix), page = at / uint64_t(a.page_size);
+      const int64_t slot = at - page * a.page_size;
       const int64_t* pages = in_prefix ? a.prefix_table + p.sequence * a.prefix_width : a.table + p.sequence * a.table_width;
       int64_t end = i + a.page_size - slot;  // of this page or the prefix
       if (in_prefix && end > s.prefix - first) end = s.prefix - first;
-      int64_t offset = (pages[at / a.page_size] * a.page_size + slot) * size;
-      for (; i < n && i < end; ++i, offset += size) offsets[i] = offset;
+      if (end > n) end = n;
+      for (int64_t offset = (pages[page] * a.page_size + slot) * size; i < end; ++i, offset += size) offsets[i] = offset;
     }
+    for (; i < KEY_BLOCK; ++i) offsets[i] = offsets[n - 1];
   }
 
   void take_queries() {
@@ -166,26 +167,27 @@ struct Attend {
     }
   }
 
-  // Keys and values [first, last) into room.part; a block's rows are fetched while the one before is computed.
+  // Keys and values [first, last) into room.part. Where few rows read them, the next block is fetched meanwhile.
   void attend_keys(int64_t first, int64_t last, int64_t end) {
     int64_t offsets[2][KEY_BLOCK];
     begin();
-    find(first, last - first < KEY_BLOCK ? last - first : KEY_BLOCK, offsets[0]);
+    if (first < last) find(first, last - first < KEY_BLOCK ? last - first : KEY_BLOCK, offsets[0]);
     for (int i = 0; first < last; first += KEY_BLOCK, i ^= 1) {
       const int64_t n = last - first < KEY_BLOCK ? last - first : KEY_BLOCK;
       const int64_t left = end - first - n, next = left < KEY_BLOCK ? left : KEY_BLOCK;
       if (next > 0) find(first + n, next, offsets[i ^ 1]);
       for (int64_t k = p.first_kv_head; k < p.first_kv_head + p.num_kv_heads; ++k) {
         if (a.first_head[k + 1] == a.first_head[k]) continue;
-        const T *keys[KEY_BLOCK], *values[KEY_BLOCK];
-        for (int64_t j = 0; j < n; ++j) {
-          keys[j] = (const T*)a.keys + offsets[i][j] + k * a.head_dim;
-          values[j] = (const T*)a.values + offsets[i][j] + k * a.head_dim;
+        const T* const keys = (const T*)a.keys + k * a.head_dim;
+        const T* const values = (const T*)a.values + k * a.head_dim;
+        const bool fetches = next == KEY_BLOCK && p.num_queries == 1;
+        for (int64_t j = 0; j < n; j += W) {
+          if (fetches) fetch(keys, offsets[i ^ 1] + j);
+          pack_columns<U>(room.keys + j, keys, offsets[i] + j, W, a.head_dim);
         }
         for (int64_t j = 0; j < n; j += W) {
-          for (int64_t f = j; f < j + W && f < next; ++f) fetch(offsets[i ^ 1][f] + k * a.head_dim);
-          pack_columns<U>(room.keys, keys, j, n, a.head_dim);
-          pack_units<U>(room.values, values, j, j + W, n, a.head_dim);
+          if (fetches) fetch(values, offsets[i ^ 1] + j);
+          pack_units<U>(room.values + j / U::PER_UNIT * width, values, offsets[i] + j, W, a.head_dim);
         }
         attend_block(k, first, n);
       }
@@ -193,11 +195,11 @@ struct Attend {
     for (int64_t r = 0; r < rows(); ++r) room.part.sums[r] = sum(load(room.sums + r * 16));
   }
 
-  void fetch(int64_t offset) const {
-    for (int64_t h = 0; h < a.head_dim; h += 64 / sizeof(T)) {
-      __builtin_prefetch((const T*)a.keys + offset + h, 0, 2);
-      __builtin_prefetch((const T*)a.values + offset + h, 0, 2);
-    }
+  // W rows to the second cache level.
+  void fetch(const T* from, const int64_t* offsets) const {
+    for (int64_t h = 0; h < a.head_dim; h += 64 / sizeof(T))
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) __builtin_prefetch(from + offsets[i] + h, 0, 2);
   }
 
   void run() {

@@ -159,17 +159,18 @@ inline void product(int64_t rows, float* c, int64_t c_row, const float* keep, co
 template <class U, class T>
 inline vf load_units(const T* row, int64_t unit, int64_t count) {
   const int64_t left = count - unit * U::PER_UNIT;  // elements
-  if constexpr (U::PER_UNIT == 1) {
-    return left >= W ? load(row + unit) : load_some(row + unit, left > 0 ? left : 0);
-  } else {
-    if (left >= 2 * W) return load((const float*)(row + 2 * unit));
-    float units[W] = {};
-    if (left > 0) memcpy(units, row + 2 * unit, left * sizeof(T));
-    return load(units);
-  }
+#if defined(__AVX512F__)
+  const int64_t lane = left > 0 ? left < W * U::PER_UNIT ? left : W * U::PER_UNIT : 0;
+  const uint32_t some = uint32_t((uint64_t(1) << lane) - 1);  // no branch: the same for every row of a block
+  if constexpr (U::PER_UNIT == 2) return (vf)_mm512_maskz_loadu_epi16(some, row + 2 * unit);
+  else if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps(some, row + unit);
+  else return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, row + unit)), 16);
+#else
+  return left >= W ? load(row + unit) : load_some(row + unit, left > 0 ? left : 0);
+#endif
 }
 
-inline void transpose(vf (&v)[W]) {
+__attribute__((always_inline)) inline void transpose(vf (&v)[W]) {
 #if defined(__AVX512F__)
   __m512 a[16], b[16];
 #pragma GCC unroll 4
@@ -214,37 +215,40 @@ inline void transpose(vf (&v)[W]) {
 #endif
 }
 
-// [units][KEY_BLOCK]: unit u of the keys `first` .. `first` + W - 1 of a block; zeros for keys from n on.
+// [units][KEY_BLOCK]: unit u of n rows, which begin at these offsets; n goes up to a multiple of W, as far as offsets do.
 template <class U, class T>
-inline void pack_columns(float* to, const T* const* rows, int64_t first, int64_t n, int64_t head_dim) {
-  for (int64_t u = 0; u * U::PER_UNIT < head_dim; u += W) {
-    vf v[W];
+inline void pack_columns(float* to, const T* rows, const int64_t* offsets, int64_t n, int64_t head_dim) {
+  for (int64_t first = 0; first < n; first += W)
+    for (int64_t u = 0; u * U::PER_UNIT < head_dim; u += W) {
+      vf v[W];
 #pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) v[i] = first + i < n ? load_units<U>(rows[first + i], u, head_dim) : vf{};
-    transpose(v);
+      for (int i = 0; i < W; ++i) v[i] = load_units<U>(rows + offsets[first + i], u, head_dim);
+      transpose(v);
 #pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) store(to + (u + i) * KEY_BLOCK + first, v[i]);
-  }
+      for (int i = 0; i < W; ++i) store(to + (u + i) * KEY_BLOCK + first, v[i]);
+    }
 }
 
-// [n / PER_UNIT][width]: a unit holds an element of one row, or those of two rows side by side; zeros past the rows.
+// [n / PER_UNIT][width]: a unit holds an element of one row, or those of two rows side by side.
 template <class U, class T>
-inline void pack_units(float* to, const T* const* rows, int64_t first, int64_t last, int64_t n, int64_t head_dim) {
+inline void pack_units(float* to, const T* rows, const int64_t* offsets, int64_t n, int64_t head_dim) {
   const int64_t width = padded(head_dim);
-  for (int64_t i = first; i < last; i += U::PER_UNIT) {
-    float* unit = to + i / U::PER_UNIT * width;
+  for (int64_t h = 0; h < width; h += W * U::PER_UNIT) {
     if constexpr (U::PER_UNIT == 1) {
-      for (int64_t h = 0; h < width; h += W) store(unit + h, i < n ? load_units<U>(rows[i], h, head_dim) : vf{});
+      for (int64_t i = 0; i < n; ++i) store(to + i * width + h, load_units<U>(rows + offsets[i], h, head_dim));
     } else {
 #ifdef __AVX512BF16__
-      for (int64_t h = 0; h < width; h += 2 * W) {
-        const __m512i a = (__m512i)(i < n ? load_units<U>(rows[i], h / 2, head_dim) : vf{});
-        const __m512i b = (__m512i)(i + 1 < n ? load_units<U>(rows[i + 1], h / 2, head_dim) : vf{});
-        const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
-        const __m512i even = _mm512_permutex2var_epi64(low, (__m512i)(__v8di){0, 1, 8, 9, 2, 3, 10, 11}, high);
-        const __m512i odd = _mm512_permutex2var_epi64(low, (__m512i)(__v8di){4, 5, 12, 13, 6, 7, 14, 15}, high);
-        store(unit + h, (vf)even);
-        if (h + W < width) store(unit + h + W, (vf)odd);
+      constexpr int A = 0x10000;
+      const __m512i each = _mm512_mullo_epi32(_mm512_set1_epi32(A + 1), (__m512i)lanes());
+      const __m512i low = _mm512_add_epi32(each, _mm512_set1_epi32(32 * A));  // 0, 32, 1, 33, ...
+      const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(16 * A + 16));
+      const bool both = h + W < width;
+      for (int64_t i = 0; i < n; i += 2) {
+        const __m512i a = (__m512i)load_units<U>(rows + offsets[i], h / 2, head_dim);
+        const __m512i b = (__m512i)load_units<U>(rows + offsets[i + 1], h / 2, head_dim);
+        float* unit = to + i / 2 * width + h;
+        store(unit, (vf)_mm512_permutex2var_epi16(a, low, b));
+        if (both) store(unit + W, (vf)_mm512_permutex2var_epi16(a, high, b));
       }
 #endif
     }

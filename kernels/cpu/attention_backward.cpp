@@ -80,26 +80,21 @@ struct Backward {
     }
     memset(dq, 0, (rows + rows % PER) * width * sizeof(float));
     if constexpr (PER == 2) {
+      const int64_t pair[2] = {0, stride * 2};  // elements
       for (int64_t r = 0; r < rows; r += 2) {
-        const T* rows_q[2] = {(const T*)(q + r * stride), (const T*)(q + (r + 1) * stride)};
-        const T* rows_d[2] = {(const T*)(d + r * stride), (const T*)(d + (r + 1) * stride)};
-        pack_units<U>(q_pairs + r / 2 * width, rows_q, 0, 2, 2, a.head_dim);
-        pack_units<U>(d_pairs + r / 2 * width, rows_d, 0, 2, 2, a.head_dim);
+        pack_units<U>(q_pairs + r / 2 * width, (const T*)(q + r * stride), pair, 2, a.head_dim);
+        pack_units<U>(d_pairs + r / 2 * width, (const T*)(d + r * stride), pair, 2, a.head_dim);
       }
     }
   }
 
   void take_keys(int64_t first, int64_t n) {
-    const T *rows_k[KEY_BLOCK], *rows_v[KEY_BLOCK];
-    for (int64_t j = 0; j < n; ++j) {
-      const int64_t at = ((s.first_key + first + j) * a.num_kv_heads + kv_head) * a.head_dim;
-      rows_k[j] = (const T*)a.keys + at, rows_v[j] = (const T*)a.values + at;
-    }
-    for (int64_t j = 0; j < n; j += W) {
-      pack_columns<U>(keys, rows_k, j, n, a.head_dim);
-      pack_columns<U>(values, rows_v, j, n, a.head_dim);
-      pack_units<U>(key_pairs, rows_k, j, j + W, n, a.head_dim);
-    }
+    const int64_t size = a.num_kv_heads * a.head_dim, begin = (s.first_key + first) * size + kv_head * a.head_dim;
+    int64_t offsets[KEY_BLOCK];
+    for (int64_t j = 0; j < KEY_BLOCK; ++j) offsets[j] = begin + (j < n ? j : n - 1) * size;
+    pack_columns<U>(keys, (const T*)a.keys, offsets, n, a.head_dim);
+    pack_columns<U>(values, (const T*)a.values, offsets, n, a.head_dim);
+    pack_units<U>(key_pairs, (const T*)a.keys, offsets, n, a.head_dim);
   }
 
   // P and dS of up to ROWS rows into the tile's buffers, from its row `place` on; an even number of rows in pairs.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import cpu_ops, reference
+from kernels import reference
 from kernels.dispatch import REFERENCE
 from kernels.documents import Documents
 from tests.backends import BACKENDS, backend
