@@ -6,7 +6,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kernels import cpu_linear, cpu_loss, cpu_ops, cpu_rows, invariance, reference, tiles, torch_ops
+from kernels import (
+    cpu_attention,
+    cpu_linear,
+    cpu_loss,
+    cpu_ops,
+    cpu_rows,
+    invariance,
+    reference,
+    tiles,
+    torch_ops,
+)
 from kernels.ops import Ops, Rows
 from kernels.paged import PagedLayout
 
@@ -73,7 +83,7 @@ def torch_cpu(rule: invariance.RowRule) -> Ops:
 
 
 def compiled(isa: str, rule: invariance.RowRule) -> Ops:
-    """The C++ backend; the attention of training is torch's."""
+    """The C++ backend; nothing of a step is torch's but plain arithmetic."""
     return replace(
         torch_cpu(rule),
         name=f"cpu {isa}",
@@ -91,8 +101,10 @@ def compiled(isa: str, rule: invariance.RowRule) -> Ops:
         silu_gate=cpu_rows.silu_gate,
         gelu_gate=cpu_rows.gelu_gate,
         rotary_write=cpu_rows.rotary_write,
-        paged_layout=cpu_ops.CpuLayout.build,
-        attention_paged=cpu_ops.attention_paged,
+        attention_varlen=cpu_attention.attention_varlen,
+        attention_prefix=cpu_attention.attention_prefix,
+        paged_layout=cpu_attention.CpuLayout.build,
+        attention_paged=cpu_attention.attention_paged,
     )
 
 

@@ -14,15 +14,20 @@ Empty attention: a query that sees no key has `out = 0`, `lse = -inf`, and mergi
 nothing.
 """
 
-import itertools
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.documents import Documents
 from kernels.ops import LowRank, Packed, Part, Weight
 from kernels.paged import PagedLayout
+
+Slopes = Sequence[float] | Tensor
+"""[N] of ALiBi (arXiv:2108.12409, sec. 3), positive: a query pays `slope * (i - j)` for a key that far behind it."""
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -56,12 +61,14 @@ def check_attention(q_TNH: Tensor, keys: Tensor, values: Tensor) -> None:
         raise ValueError(f"attention: q is {q_TNH.dtype}, keys {keys.dtype}, values {values.dtype}; use one dtype")
 
 
-def check_bounds(cu_seqlens_B1: Sequence[int] | Tensor, num_tokens: int) -> tuple[int, ...]:
-    """cu_seqlens as a tuple of ints; ValueError unless it rises from 0 to the number of packed tokens."""
-    bounds = cu_seqlens_B1.tolist() if isinstance(cu_seqlens_B1, Tensor) else list(cu_seqlens_B1)
-    if not bounds or bounds[0] != 0 or bounds[-1] != num_tokens or any(a > b for a, b in itertools.pairwise(bounds)):
-        raise ValueError(f"cu_seqlens={bounds} must rise from 0 to the {num_tokens} packed tokens of q")
-    return tuple(bounds)
+def check_options(num_heads: int, window: int | None, soft_cap: float | None, alibi_slopes: Slopes | None) -> None:
+    """ValueError unless window >= 1, soft_cap > 0 and there is one slope per query head, each where it is given."""
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} must be at least 1, or None")
+    if soft_cap is not None and not 0 < soft_cap < math.inf:
+        raise ValueError(f"soft_cap={soft_cap} must be positive, or None")
+    if alibi_slopes is not None and len(alibi_slopes) != num_heads:
+        raise ValueError(f"alibi_slopes has {len(alibi_slopes)} entries for the {num_heads} heads of q")
 
 
 def check_linear(x_TK: Tensor, w_NK: Weight, bias_N: Tensor | None, updates: Sequence[LowRank]) -> None:
@@ -226,34 +233,59 @@ def loss_gradient(logits_BV: Tensor, lse_B: Tensor, target_B: Tensor, dtype: tor
     return grad.to(dtype)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Scoring:
+    """How the score of query and key comes from their product, besides the mask."""
+
+    scale: float
+    soft_cap: float | None = None
+    slopes: Slopes | None = None
+
+    def scores(self, q_TNH: Tensor, k_SNH: Tensor, distance_TS: Tensor | None) -> Tensor:
+        """[N, T, S] in the working dtype of q; a key is `distance` before the query, None: it has no position."""
+        work = working_dtype(q_TNH.dtype)
+        scores = torch.einsum("tnh,snh->nts", q_TNH.to(work), k_SNH.to(work)) * self.scale
+        if self.soft_cap is not None:
+            scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
+        if self.slopes is None or distance_TS is None:
+            return scores
+        slopes = torch.as_tensor(self.slopes, dtype=work, device=scores.device)
+        return scores - slopes[:, None, None] * distance_TS
+
+
 def _attend(
-    q_TNH: Tensor, k_SNH: Tensor, v_SNH: Tensor, visible_TS: Tensor | None, scale: float
+    q_TNH: Tensor, k_SNH: Tensor, v_SNH: Tensor, distance_TS: Tensor | None, window: int | None, scoring: _Scoring
 ) -> tuple[Tensor, Tensor]:
-    """Dense attention of T queries over S keys, one key per query head: (out [T, N, H], lse [T, N])."""
-    work = working_dtype(q_TNH.dtype)
-    scores = torch.einsum("tnh,snh->nts", q_TNH.to(work), k_SNH.to(work)) * scale
-    if visible_TS is not None:
-        scores = scores.masked_fill(~visible_TS, -torch.inf)
+    """Dense attention of T queries over S keys, one key per query head: (out [T, N, H], lse [T, N]).
+
+    `distance_TS` is how far each key is behind each query: those from 0 to window - 1 are seen, None means all.
+    """
+    scores = scoring.scores(q_TNH, k_SNH, distance_TS)
+    if distance_TS is not None:
+        hidden = distance_TS < 0 if window is None else (distance_TS < 0) | (distance_TS >= window)
+        scores = scores.masked_fill(hidden, -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - torch.where(lse.isneginf(), 0.0, lse)[..., None])
-    out = torch.einsum("nts,snh->tnh", weights, v_SNH.to(work))
+    out = torch.einsum("nts,snh->tnh", weights, v_SNH.to(scores.dtype))
     return out.to(q_TNH.dtype), lse.transpose(0, 1)
 
 
 def attention_varlen(
     q_TNH: Tensor,
-    k_TKH: Tensor,
-    v_TKH: Tensor,
-    cu_seqlens_B1: Sequence[int] | Tensor,
+    k_SKH: Tensor,
+    v_SKH: Tensor,
+    documents: Sequence[int] | Tensor | Documents,
     *,
     kv_index: Sequence[int] | None = None,
     window: int | None = None,
     scale: float,
+    soft_cap: float | None = None,
+    alibi_slopes: Slopes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention inside each packed document -> (out [T, N, H] in q.dtype, lse [T, N] in the working dtype).
 
-    `cu_seqlens` are integers on the host `0 = c_0 <= c_1 <= ... <= c_B = T`; document b is rows
-    c_b..c_{b+1}-1. Query i of a document sees keys j with `j <= i` and, with a window, `i - j < window`:
+    `documents` are the bounds `cu_seqlens`, integers on the host `0 = c_0 <= c_1 <= ... <= c_B = T`: document b is
+    rows c_b..c_{b+1}-1. Query i of a document sees keys j with `j <= i` and, with a window, `i - j < window`:
 
         no window   window=2
         1 0 0 0     1 0 0 0
@@ -261,33 +293,47 @@ def attention_varlen(
         1 1 1 0     0 1 1 0
         1 1 1 1     0 0 1 1
 
-    `lse = log(sum_j exp(scale * q.k_j))`; both results are differentiable.
+    `Documents` instead of bounds gives queries and keys of different numbers, and i their offset. With
+
+        s_ij = scale * q_i.k_j                              the score,
+        s_ij = soft_cap * tanh(scale * q_i.k_j / soft_cap)  with a cap (Gemma 2, arXiv:2408.00118, sec. 2),
+        s_ij = ... - alibi_slopes[n] * (i - j)              with ALiBi (arXiv:2108.12409, sec. 3), slopes positive,
+
+    `lse_i = log(sum_j exp(s_ij))`; both results are differentiable in q, k and v.
     """
-    check_attention(q_TNH, k_TKH, v_TKH)
-    heads = list(check_kv_index(q_TNH.shape[1], k_TKH.shape[1], kv_index))
-    bounds = check_bounds(cu_seqlens_B1, q_TNH.shape[0])
+    check_attention(q_TNH, k_SKH, v_SKH)
+    heads = list(check_kv_index(q_TNH.shape[1], k_SKH.shape[1], kv_index))
+    check_options(q_TNH.shape[1], window, soft_cap, alibi_slopes)
+    scoring = _Scoring(scale=scale, soft_cap=soft_cap, slopes=alibi_slopes)
     outs, lses = [q_TNH[:0]], [q_TNH[:0, :, 0].to(working_dtype(q_TNH.dtype))]
-    for start, stop in itertools.pairwise(bounds):
-        i = torch.arange(stop - start, device=q_TNH.device)[:, None]
-        visible = i >= i.T if window is None else (i >= i.T) & (i - i.T < window)
-        k, v = k_TKH[start:stop, heads], v_TKH[start:stop, heads]
-        out, lse = _attend(q_TNH[start:stop], k, v, visible, scale)
+    for queries, keys, offset in Documents.of(documents, q_TNH.shape[0], k_SKH.shape[0]).spans:
+        i = torch.arange(queries.stop - queries.start, device=q_TNH.device)[:, None] + offset
+        j = torch.arange(keys.stop - keys.start, device=q_TNH.device)
+        out, lse = _attend(q_TNH[queries], k_SKH[keys, heads], v_SKH[keys, heads], i - j, window, scoring)
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs), torch.cat(lses)
 
 
 def attention_prefix(
-    q_TNH: Tensor, k_LKH: Tensor, v_LKH: Tensor, *, kv_index: Sequence[int] | None = None, scale: float
+    q_TNH: Tensor,
+    k_LKH: Tensor,
+    v_LKH: Tensor,
+    *,
+    kv_index: Sequence[int] | None = None,
+    scale: float,
+    soft_cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Every query attends all L prefix entries -> (out [T, N, H], lse [T, N]), both differentiable.
 
-    The prefix segment of P-tuning v2 (arXiv:2110.07602, sec. 3.2): no causal mask, no window. L = 0 gives the
-    empty attention. Merge with the document part by `merge_attention`.
+    The prefix segment of P-tuning v2 (arXiv:2110.07602, sec. 3.2): no causal mask, no window and, as its entries have
+    no positions, no ALiBi. L = 0 gives the empty attention. Merge with the document part by `merge_attention`.
     """
     check_attention(q_TNH, k_LKH, v_LKH)
     heads = list(check_kv_index(q_TNH.shape[1], k_LKH.shape[1], kv_index))
-    return _attend(q_TNH, k_LKH[:, heads], v_LKH[:, heads], None, scale)
+    check_options(q_TNH.shape[1], None, soft_cap, None)
+    scoring = _Scoring(scale=scale, soft_cap=soft_cap)
+    return _attend(q_TNH, k_LKH[:, heads], v_LKH[:, heads], None, None, scoring)
 
 
 def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -346,16 +392,20 @@ def attention_paged(
     kv_index: Sequence[int] | None = None,
     window: int | None = None,
     scale: float,
+    soft_cap: float | None = None,
+    alibi_slopes: Slopes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the chunks of one serving step over their cached pages -> (out [T, N, H], lse [T, N]).
 
     The chunk's own keys and values are already in the cache (`write_pages` comes first). The query at
     position p of its request sees the positions `j <= p` (and `p - j < window`) of its request and every
-    entry of its prefix segment, if the chunk has one: the window doesn't apply to the prefix. Not
-    differentiable in the fast backends.
+    entry of its prefix segment, if the chunk has one: neither the window nor ALiBi applies to the prefix. Scores as in
+    `attention_varlen`. Not differentiable in the fast backends.
     """
     check_attention(q_TNH, key_cache_PSKH, value_cache_PSKH)
     heads = list(check_kv_index(q_TNH.shape[1], key_cache_PSKH.shape[2], kv_index))
+    check_options(q_TNH.shape[1], window, soft_cap, alibi_slopes)
+    scoring = _Scoring(scale=scale, soft_cap=soft_cap, slopes=alibi_slopes)
     out_TNH = torch.zeros_like(q_TNH)
     lse_TN = q_TNH.new_zeros(q_TNH.shape[:2], dtype=working_dtype(q_TNH.dtype))
     keys, values = key_cache_PSKH.flatten(0, 1), value_cache_PSKH.flatten(0, 1)
@@ -363,12 +413,11 @@ def attention_paged(
         rows = slice(layout.query_starts[b], layout.query_starts[b + 1])
         slots, length = layout.slots(b), layout.kv_lengths[b]
         i = torch.arange(length - (rows.stop - rows.start), length, device=q_TNH.device)[:, None]
-        j = torch.arange(length, device=q_TNH.device)[None]
-        visible = j <= i if window is None else (j <= i) & (i - j < window)
-        part = _attend(q_TNH[rows], keys[slots][:, heads], values[slots][:, heads], visible, scale)
+        j = torch.arange(length, device=q_TNH.device)
+        part = _attend(q_TNH[rows], keys[slots][:, heads], values[slots][:, heads], i - j, window, scoring)
         if layout.prefix_lengths[b]:
             slots = layout.slots(b, prefix=True)
             key, value = keys[slots][:, heads], values[slots][:, heads]
-            part = merge_attention((_attend(q_TNH[rows], key, value, None, scale), part))
+            part = merge_attention((_attend(q_TNH[rows], key, value, None, None, scoring), part))
         out_TNH[rows], lse_TN[rows] = part
     return out_TNH, lse_TN

@@ -1,261 +1,282 @@
-// Attention over cached pages, compiled once per instruction set.
+// Attention forward, over packed rows or cached pages, compiled once per instruction set.
 //
-// Keys are taken in blocks of BLOCK by absolute position (the prefix comes first), in rising order, with a running
-// maximum and sum (arXiv:2205.14135). Within a block every score is one chain of multiply-adds along the head, every
-// output element one along the keys. So a query's bits depend on its position and its keys alone: not on the chunk
-// it comes in, the rows computed beside it or the thread. Keys and values that a query doesn't see change nothing as long
-// as they are finite.
+// Keys are taken in blocks of KEY_BLOCK by their place in the sequence (the prefix first), in rising order, with a
+// running maximum and sum (arXiv:2205.14135); every KEY_EXTENT keys a new softmax begins, and those are merged by
+// log-sum-exp in rising order (arXiv:2311.01282, sec. 3.1). Scores and outputs are chains of multiply-adds (attention.h).
+// So a query's bits depend on its place and its keys alone: not on the chunk it comes in, the rows computed beside it,
+// on pages or packed rows, or the threads. Keys and values that a query doesn't see change nothing as long as they are
+// finite.
 //
-//   pages -> keys [units][BLOCK] (transposed), values [BLOCK][H] in float  -> up to 4 rows (query, head) at a time:
-//   scores of 64 keys in registers -> mask, exp -> weights [64] -> output [H] += weights x values
+//   rows of keys -> units [H / PER_UNIT][KEY_BLOCK]       rows of values -> units [KEY_BLOCK / PER_UNIT][H]
+//   up to ROWS (query, head) pairs: scores [ROWS][KEY_BLOCK] -> exp2 -> weights -> output [ROWS][H]
+#include "attention.h"
 #include "kernels.h"
-#include "vec.h"
 
 namespace {
 
-constexpr int BLOCK = 64, VECS = BLOCK / W, ROWS = 4;
-
-// How a product of q and k is summed: float32 units, or pairs of bfloat16 where the processor multiplies those.
-struct Floats {
-  static constexpr int PER_UNIT = 1;
-  static vf multiply_add(vf keys, float q, vf sum) { return fma(keys, splat(q), sum); }
+// Outputs, maxima (times log2(e)) and sums of some rows.
+struct State {
+  float *outputs, *largest, *sums;
 };
-#ifdef __AVX512BF16__
-struct Pairs {
-  static constexpr int PER_UNIT = 2;
-  static vf multiply_add(vf keys, float q, vf sum) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)keys, (__m512bh)(__m512)splat_bits(q));
-  }
-  static vf splat_bits(float q) {
-    int32_t i;
-    memcpy(&i, &q, 4);
-    return (vf)_mm512_set1_epi32(i);
-  }
-};
-#endif
 
-template <class T>
-struct Units { typedef Floats Type; };
-#ifdef __AVX512BF16__
-template <>
-struct Units<bf16> { typedef Pairs Type; };
-#endif
-
-// One vector of units of a row, zeros past its end.
-template <class U, class T>
-inline vf load_units(const T* row, int64_t first, int64_t count) {
-  if constexpr (U::PER_UNIT == 1) {
-    return first + W <= count ? load(row + first) : load_some(row + first, count > first ? count - first : 0);
-  } else {
-    float units[W] = {};
-    const int64_t left = count - first;  // pairs
-    if (left >= W) return load((const float*)(row + 2 * first));
-    if (left > 0) memcpy(units, row + 2 * first, left * 4);
-    return load(units);
-  }
-}
-
-inline int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// One thread's room, laid out for its part.
+// One thread's scratch, laid out for its part.
 struct Room {
-  int64_t units, width;  // of a row, padded to vectors
-  float *memory, *keys, *values, *queries, *outputs, *largest, *sums;
+  float *keys, *values, *queries, *sums;  // sums: [rows][16], one per lane
+  State part, total;
 
-  Room(int64_t num_units, int64_t head_dim, int64_t rows) : units(up_to(num_units, W)), width(up_to(head_dim, W)) {
-    const int64_t sizes[] = {units * BLOCK, BLOCK * width, rows * units, rows * width, rows, rows};
-    int64_t total = 0;
-    for (int64_t size : sizes) total += size;
-    float* at = memory = new float[total];
-    float** parts[] = {&keys, &values, &queries, &outputs, &largest, &sums};
-    for (int i = 0; i < 6; ++i) {
-      *parts[i] = at;
-      at += sizes[i];
-    }
-    for (int64_t i = 0; i < rows * width; ++i) outputs[i] = 0;
-    for (int64_t i = 0; i < rows; ++i) largest[i] = -__builtin_inff(), sums[i] = 0;
+  Room(float* memory, int64_t width, int64_t rows) {
+    float* at = (float*)(((uintptr_t)memory + 63) / 64 * 64);
+    const auto take = [&](int64_t size) {
+      float* here = at;
+      at += size;
+      return here;
+    };
+    keys = take(KEY_BLOCK * width), values = take(KEY_BLOCK * width), queries = take(rows * width);
+    part.outputs = take(rows * width), total.outputs = take(rows * width), sums = take(rows * 16);
+    part.largest = take(rows), part.sums = take(rows), total.largest = take(rows), total.sums = take(rows);
   }
-  ~Room() { delete[] memory; }
-  Room(const Room&) = delete;
 };
+
+// Adds one part's softmax to the total of the parts before it.
+inline void merge(float* outputs, float& most, float& sum, const float* part, float part_most, float part_sum,
+                  int64_t width) {
+  const float next = part_most > most ? part_most : most, base = next == -INF ? 0 : next;
+  const float keep = exp2(most - base), add = exp2(part_most - base);
+  for (int64_t h = 0; h < width; h += W)
+    store(outputs + h, fma(load(part + h), splat(add), load(outputs + h) * keep));
+  sum = fma(splat(part_sum), splat(add), splat(sum * keep))[0];
+  most = next;
+}
 
 template <class T>
 struct Attend {
   typedef typename Units<T>::Type U;
-  const PagedAttention& a;
-  const Part& part;
-  int64_t start, count, length, prefix;  // the chunk's: first query row, queries, keys, prefix entries among them
+  const Attention& a;
+  const AttentionPart& p;
+  const Sequence& s;
+  const Scores scores;
+  const int64_t width, row_units;  // of an output, of a query in units
+  Room room;
 
-  Attend(const PagedAttention& args, const Part& p) : a(args), part(p) {
-    const int64_t* c = a.chunks + 4 * p.chunk;
-    start = c[0], count = c[1], length = c[2] + c[3], prefix = c[3];
+  Attend(const Attention& args, const AttentionPart& part, float* memory)
+      : a(args), p(part), s(args.sequences[part.sequence]), scores(args), width(padded(args.head_dim)),
+        row_units(args.head_dim / U::PER_UNIT), room(memory, width, rows()) {}
+
+  int64_t heads_before(int64_t kv_head) const { return a.first_head[kv_head] - a.first_head[p.first_kv_head]; }
+  int64_t rows() const { return p.num_queries * heads_before(p.first_kv_head + p.num_kv_heads); }
+
+  // Place of a row's query and head in [T, N]; the rows of a query stand together.
+  int64_t query_of(int64_t row, int64_t group) const { return p.first_query + row / group; }
+  int64_t head_of(int64_t kv_head, int64_t row, int64_t group) const {
+    return a.heads[a.first_head[kv_head] + row % group];
   }
 
-  int64_t position(int64_t query) const { return length - count + query; }  // query: within the chunk
-
-  // First element of a key or value: `key` counts prefix entries, then positions.
-  const T* row(const void* cache, int64_t key, int64_t head) const {
-    const int64_t at = key < prefix ? key : key - prefix;
-    const int64_t* pages = key < prefix ? a.prefix_table + part.chunk * a.prefix_width : a.table + part.chunk * a.table_width;
-    const int64_t slot = pages[at / a.page_size] * a.page_size + at % a.page_size;
-    return (const T*)cache + (slot * a.num_kv_heads + head) * a.head_dim;
+  // First elements of the keys [first, first + n) for kv head 0; up to KEY_BLOCK the last one again.
+  void find(int64_t first, int64_t n, int64_t* offsets) const {
+    const int64_t size = a.num_kv_heads * a.head_dim;
+    int64_t i = 0;
+    if (!a.table)
+      for (; i < n; ++i) offsets[i] = (s.first_key + first + i) * size;
+    while (i < n) {
+      const bool in_prefix = first + i < s.prefix;
+      const uint64_t at = first + i - (in_prefix ? 0 : s.prefix), page = at / uint64_t(a.page_size);
+      const int64_t slot = at - page * a.page_size;
+      const int64_t* pages = in_prefix ? a.prefix_table + p.sequence * a.prefix_width : a.table + p.sequence * a.table_width;
+      int64_t end = i + a.page_size - slot;  // of this page or the prefix
+      if (in_prefix && end > s.prefix - first) end = s.prefix - first;
+      if (end > n) end = n;
+      for (int64_t offset = (pages[page] * a.page_size + slot) * size; i < end; ++i, offset += size) offsets[i] = offset;
+    }
+    for (; i < KEY_BLOCK; ++i) offsets[i] = offsets[n - 1];
   }
 
-  void pack(Room& room, int64_t first, int64_t n, int64_t head) const {
-    const int64_t units = a.head_dim / U::PER_UNIT;
-    for (int64_t group = 0; group < BLOCK; group += W) {
-      const T* rows[W];
-      for (int i = 0; i < W; ++i) rows[i] = group + i < n ? row(a.keys, first + group + i, head) : nullptr;
-      for (int64_t u = 0; u < units; u += W) {
-        vf v[W];
-        for (int i = 0; i < W; ++i) v[i] = rows[i] ? load_units<U>(rows[i], u, units) : vf{};
-        transpose(v);
-        for (int i = 0; i < W; ++i) store(room.keys + (u + i) * BLOCK + group, v[i]);
+  void take_queries() {
+    for (int64_t k = p.first_kv_head; k < p.first_kv_head + p.num_kv_heads; ++k) {
+      const int64_t group = a.first_head[k + 1] - a.first_head[k], first = heads_before(k) * p.num_queries;
+      for (int64_t r = 0; r < p.num_queries * group; ++r) {
+        const int64_t at = (s.first_query + query_of(r, group)) * a.num_heads + head_of(k, r, group);
+        float* to = room.queries + (first + r) * width;
+        for (int64_t u = 0; u < row_units; u += W) store(to + u, load_units<U>((const T*)a.q + at * a.head_dim, u, a.head_dim));
       }
     }
-    for (int64_t i = 0; i < BLOCK; ++i) {
-      float* to = room.values + i * room.width;
-      const T* from = i < n ? row(a.values, first + i, head) : nullptr;
-      for (int64_t h = 0; h < room.width; h += W) {
-        const int64_t left = a.head_dim - h;
-        store(to + h, !from ? vf{} : left >= W ? load(from + h) : load_some(from + h, left));
+  }
+
+  void begin() {
+    const int64_t count = rows();
+    memset(room.part.outputs, 0, count * width * sizeof(float));
+    memset(room.sums, 0, count * 16 * sizeof(float));
+    for (int64_t r = 0; r < count; ++r) room.part.largest[r] = -INF;
+  }
+
+  // Weights of `count` rows for the packed block, and what their outputs so far are multiplied by.
+  int64_t weigh(int64_t kv_head, int64_t group, int64_t row, int64_t count, int64_t first, int64_t n, float* weights,
+                float* keep) const {
+    const int64_t begin = heads_before(kv_head) * p.num_queries + row;
+    const int64_t last = query_of(row + count - 1, group) + s.offset + 1 - first;  // one past the last seen key
+    const int64_t visible = last < n ? last : n;
+    const int vecs = (visible + W - 1) / W;
+    float raw[ROWS][KEY_BLOCK];
+    product<U, Into::NEW>(count, raw[0], KEY_BLOCK, nullptr, room.queries + begin * width, width, 1, room.keys,
+                           KEY_BLOCK, row_units, vecs);
+    float fall[16] = {};
+    vf top[ROWS];
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t query = query_of(row + r, group), head = head_of(kv_head, row + r, group);
+      const Seen seen(s, a.window, query, first, n);
+      const int64_t distance = query + s.offset - first;
+      vf most = splat(-INF);
+      const bool all = seen.all();
+      for (int v = 0; v < vecs; ++v) {
+        vf x = scores.of(load(raw[r] + v * W), head, distance, v, seen.kept);
+        if (!all) x = select(seen.of(v), x, splat(-INF));
+        store(raw[r] + v * W, x);
+        most = larger(x, most);
       }
+      float& before = room.part.largest[begin + r];
+      const float next = largest(larger(most, splat(before)));
+      const float base = next == -INF ? 0 : next;  // nothing seen so far
+      fall[r] = before - base;
+      before = next;
+      top[r] = splat(base);
+    }
+    for (int r = 0; r < ROWS; r += W) store(keep + r, exp2(load(fall + r)));
+    for (int64_t r = 0; r < count; ++r) {
+      vf w[KEY_VECS], sum = load(room.sums + (begin + r) * 16) * keep[r];
+      for (int v = 0; v < vecs; ++v) {
+        w[v] = exp2(load(raw[r] + v * W) - top[r]);
+        sum += w[v];
+      }
+      store(room.sums + (begin + r) * 16, sum);
+      store_weights((U*)nullptr, weights + r * KEY_BLOCK, w, vecs);
+    }
+    return visible;
+  }
+
+  void attend_block(int64_t kv_head, int64_t first, int64_t n) const {
+    const int64_t group = a.first_head[kv_head + 1] - a.first_head[kv_head], count = p.num_queries * group;
+    const int64_t before = heads_before(kv_head) * p.num_queries;
+    // queries that see nothing of it come first
+    const int64_t blind = first - s.offset - p.first_query, start = blind > 0 ? blind * group : 0;
+    const int64_t tiles = (count - start + ROWS - 1) / ROWS;
+    for (int64_t t = 0; t < tiles; ++t) {  // balanced: 9 rows are 5 + 4
+      const int64_t row = start + (count - start) * t / tiles, some = start + (count - start) * (t + 1) / tiles - row;
+      alignas(64) float weights[ROWS * KEY_BLOCK], keep[16];
+      const int64_t visible = weigh(kv_head, group, row, some, first, n, weights, keep);
+      product<U, Into::KEPT>(some, room.part.outputs + (before + row) * width, width, keep, weights, KEY_BLOCK, 1,
+                             room.values, width, (visible + U::PER_UNIT - 1) / U::PER_UNIT, (a.head_dim + W - 1) / W);
     }
   }
 
-  // Scores, weights and outputs of R rows for the packed block; query[r] counts within the chunk.
-  template <int R>
-  void attend_rows(Room& room, int64_t first, int64_t n, int64_t row, const int64_t* query) const {
-    vf s[R][VECS] = {};
-    const int64_t units = a.head_dim / U::PER_UNIT;
-    const float* q = room.queries + row * room.units;
-    for (int64_t u = 0; u < units; ++u) {
-      vf k[VECS];
+  // Keys and values [first, last) into room.part. Where few rows read them, the next block is fetched meanwhile.
+  void attend_keys(int64_t first, int64_t last, int64_t end) {
+    int64_t offsets[2][KEY_BLOCK];
+    begin();
+    if (first < last) find(first, last - first < KEY_BLOCK ? last - first : KEY_BLOCK, offsets[0]);
+    for (int i = 0; first < last; first += KEY_BLOCK, i ^= 1) {
+      const int64_t n = last - first < KEY_BLOCK ? last - first : KEY_BLOCK;
+      const int64_t left = end - first - n, next = left < KEY_BLOCK ? left : KEY_BLOCK;
+      if (next > 0) find(first + n, next, offsets[i ^ 1]);
+      for (int64_t k = p.first_kv_head; k < p.first_kv_head + p.num_kv_heads; ++k) {
+        if (a.first_head[k + 1] == a.first_head[k]) continue;
+        const T* const keys = (const T*)a.keys + k * a.head_dim;
+        const T* const values = (const T*)a.values + k * a.head_dim;
+        const bool fetches = next == KEY_BLOCK && p.num_queries == 1;
+        for (int64_t j = 0; j < n; j += W) {
+          if (fetches) fetch(keys, offsets[i ^ 1] + j);
+          pack_columns<U>(room.keys + j, keys, offsets[i] + j, W, a.head_dim);
+        }
+        for (int64_t j = 0; j < n; j += W) {
+          if (fetches) fetch(values, offsets[i ^ 1] + j);
+          pack_units<U>(room.values + j / U::PER_UNIT * width, values, offsets[i] + j, W, a.head_dim);
+        }
+        attend_block(k, first, n);
+      }
+    }
+    for (int64_t r = 0; r < rows(); ++r) room.part.sums[r] = sum(load(room.sums + r * 16));
+  }
+
+  // W rows to the second cache level.
+  void fetch(const T* from, const int64_t* offsets) const {
+    for (int64_t h = 0; h < a.head_dim; h += 64 / sizeof(T))
 #pragma GCC unroll 16
-      for (int v = 0; v < VECS; ++v) k[v] = load(room.keys + u * BLOCK + v * W);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-        for (int v = 0; v < VECS; ++v) s[r][v] = U::multiply_add(k[v], q[r * room.units + u], s[r][v]);
+      for (int i = 0; i < W; ++i) __builtin_prefetch(from + offsets[i] + h, 0, 2);
+  }
+
+  void run() {
+    take_queries();
+    const int64_t count = rows(), last_seen = p.first_query + p.num_queries + s.offset;
+    const int64_t end = last_seen < p.last_key ? last_seen : p.last_key;
+    const int64_t oldest = a.window ? p.first_query + s.offset - a.window + 1 : 0;
+    const State& total = room.total;
+    if (p.part < 0) {
+      memset(total.outputs, 0, count * width * sizeof(float));
+      for (int64_t r = 0; r < count; ++r) total.largest[r] = -INF, total.sums[r] = 0;
     }
-    float weights[R][BLOCK];
-    int64_t visible = 0;
-    for (int r = 0; r < R; ++r) {
-      float* largest = room.largest + row + r;
-      const int64_t last = position(query[r]);  // the last key it sees
-      if (last - first + 1 > visible) visible = last - first + 1;
-      const int32_t stop = last - first + 1 < n ? last - first + 1 : n;
-      const int64_t low = a.window ? last - a.window + 1 - first : 0, shared = prefix - first;
-      const int32_t begin = low > 0 ? (low < BLOCK ? low : BLOCK) : 0, kept = shared > 0 ? (shared < BLOCK ? shared : BLOCK) : 0;
-      vf top = splat(*largest);
-      for (int v = 0; v < VECS; ++v) {
-        vi j;
-        for (int i = 0; i < W; ++i) j[i] = v * W + i;
-        const vi sees = (j < stop) & ((j >= begin) | (j < kept));
-        s[r][v] = select(sees, s[r][v] * a.scale, splat(-__builtin_inff()));
-        top = max(s[r][v], top);
+    for (int64_t first = p.first_key, part = p.part; first < p.last_key; first += KEY_EXTENT, ++part) {
+      // blocks before the window: whole ones alone, so that blocks stay in their places
+      int64_t from = first, to = first + KEY_EXTENT < end ? first + KEY_EXTENT : end;
+      while (from < to && from + KEY_BLOCK <= oldest && from >= s.prefix) from += KEY_BLOCK;
+      if (from < to || p.part >= 0) attend_keys(from, to, end);
+      if (p.part >= 0) {
+        for (int64_t r = 0; r < count; ++r) {
+          float* to_part = a.parts + (part * a.num_heads + a.first_head[p.first_kv_head] + r) * (width + 2);
+          memcpy(to_part, room.part.outputs + r * width, width * sizeof(float));
+          to_part[width] = room.part.largest[r], to_part[width + 1] = room.part.sums[r];
+        }
+      } else if (from < to) {
+        for (int64_t r = 0; r < count; ++r)
+          merge(total.outputs + r * width, total.largest[r], total.sums[r], room.part.outputs + r * width,
+                room.part.largest[r], room.part.sums[r], width);
       }
-      const float next = max(top);
-      if (next == -__builtin_inff()) {  // nothing seen so far
-        for (int j = 0; j < BLOCK; ++j) weights[r][j] = 0;
-        continue;
-      }
-      const float keep = exp(splat(*largest - next))[0];
-      *largest = next;
-      vf total = {};
-      for (int v = 0; v < VECS; ++v) {
-        const vf w = exp(s[r][v] - next);
-        total += w;
-        store(weights[r] + v * W, w);
-      }
-      room.sums[row + r] = fma(splat(room.sums[row + r]), splat(keep), splat(sum(total)))[0];
-      float* out = room.outputs + (row + r) * room.width;
-      if (keep != 1)
-        for (int64_t h = 0; h < room.width; h += W) store(out + h, load(out + h) * keep);
     }
-    if (visible > n) visible = n;
-    for (int64_t h = 0; h < room.width; h += 4 * W) {
-      const int vecs = room.width - h < 4 * W ? (room.width - h) / W : 4;
-      if (vecs == 4) outputs<R, 4>(room, row, h, visible, weights);
-      else if (vecs == 3) outputs<R, 3>(room, row, h, visible, weights);
-      else if (vecs == 2) outputs<R, 2>(room, row, h, visible, weights);
-      else outputs<R, 1>(room, row, h, visible, weights);
+    if (p.part >= 0) return;
+    for (int64_t k = p.first_kv_head; k < p.first_kv_head + p.num_kv_heads; ++k) {
+      const int64_t group = a.first_head[k + 1] - a.first_head[k], before = heads_before(k) * p.num_queries;
+      for (int64_t r = 0; r < p.num_queries * group; ++r)
+        finish(s.first_query + query_of(r, group), head_of(k, r, group), total.outputs + (before + r) * width,
+               total.largest[before + r], total.sums[before + r]);
     }
   }
 
-  template <int R, int V>
-  void outputs(Room& room, int64_t row, int64_t h, int64_t n, const float (&weights)[R][BLOCK]) const {
-    vf o[R][V];
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) o[r][v] = load(room.outputs + (row + r) * room.width + h + v * W);
-    for (int64_t j = 0; j < n; ++j) {
-      vf value[V];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) value[v] = load(room.values + j * room.width + h + v * W);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) o[r][v] = fma(value[v], splat(weights[r][j]), o[r][v]);
+  // A query that sees no key has output 0 and lse -inf.
+  void finish(int64_t query, int64_t head, const float* from, float most, float sum) const {
+    const float one_over = sum == 0 ? 0 : 1 / sum;
+    T* out = (T*)a.out + (query * a.num_heads + head) * a.head_dim;
+    for (int64_t h = 0; h < a.head_dim; h += W) {
+      const vf x = load(from + h) * one_over;
+      if (a.head_dim - h >= W) store(out + h, x);
+      else store_some(out + h, x, a.head_dim - h);
     }
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) store(room.outputs + (row + r) * room.width + h + v * W, o[r][v]);
+    a.lse[query * a.num_heads + head] = sum == 0 ? -INF : most * LN_2 + __builtin_logf(sum);
   }
 
-  void run_head(int64_t kv_head) const {
-    int64_t heads[1024], group = 0;
-    for (int64_t n = 0; n < a.num_heads; ++n)
-      if (a.heads[n] == kv_head) heads[group++] = n;
-    if (!group) return;
-    const int64_t rows = part.num_queries * group, units = a.head_dim / U::PER_UNIT;
-    Room room(units, a.head_dim, rows);
-    // rows of a query stand together
-    const auto query_of = [&](int64_t row) { return part.first_query + row / group; };
-    const auto index = [&](int64_t row) { return (start + query_of(row)) * a.num_heads + heads[row % group]; };
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t u = 0; u < room.units; u += W)
-        store(room.queries + r * room.units + u, load_units<U>((const T*)a.q + index(r) * a.head_dim, u, units));
-    const int64_t end = position(part.first_query + part.num_queries - 1) + 1;
-    const int64_t oldest = a.window ? position(part.first_query) - a.window + 1 : 0;
-    for (int64_t first = 0; first < end; first += BLOCK) {
-      if (first + BLOCK <= oldest && first >= prefix) continue;
-      const int64_t n = end - first < BLOCK ? end - first : BLOCK;
-      pack(room, first, n, kv_head);
-      for (int64_t r = 0; r < rows; r += ROWS) {
-        int64_t query[ROWS];
-        const int64_t some = rows - r < ROWS ? rows - r : ROWS;
-        for (int64_t i = 0; i < some; ++i) query[i] = query_of(r + i);
-        if (position(query[some - 1]) < first) continue;
-        if (some == 4) attend_rows<4>(room, first, n, r, query);
-        else if (some == 3) attend_rows<3>(room, first, n, r, query);
-        else if (some == 2) attend_rows<2>(room, first, n, r, query);
-        else attend_rows<1>(room, first, n, r, query);
+  // The parts [first, last) of the one query of the sequence.
+  void join(int64_t first, int64_t last) {
+    for (int64_t n = 0; n < a.num_heads; ++n) {
+      float *out = room.total.outputs, most = -INF, sum = 0;
+      memset(out, 0, width * sizeof(float));
+      for (int64_t i = first; i < last; ++i) {
+        const float* from = a.parts + (i * a.num_heads + n) * (width + 2);
+        merge(out, most, sum, from, from[width], from[width + 1], width);
       }
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      const float total = room.sums[r];
-      const float one_over = total == 0 ? 0 : 1 / total;  // a query that sees no key has output 0
-      T* out = (T*)a.out + index(r) * a.head_dim;
-      const float* from = room.outputs + r * room.width;
-      for (int64_t h = 0; h < a.head_dim; h += W) {
-        const vf x = load(from + h) * one_over;
-        if (a.head_dim - h >= W) store(out + h, x);
-        else store_some(out + h, x, a.head_dim - h);
-      }
-      a.lse[index(r)] = room.largest[r] + __builtin_logf(total);
+      finish(s.first_query, a.heads[n], out, most, sum);
     }
   }
 };
 
-template <class T>
-void attend(const PagedAttention& args, const Part& part) {
-  for (int64_t k = 0; k < part.num_kv_heads; ++k) Attend<T>(args, part).run_head(part.first_kv_head + k);
-}
-
 }  // namespace
 
-KERNEL(attend)(const PagedAttention& args, const Part& part, bool is_bf16) {
+KERNEL(attend)(const Attention& args, const AttentionPart& part, float* room, bool is_bf16) {
   if (is_bf16)
-    attend<bf16>(args, part);
+    Attend<bf16>(args, part, room).run();
   else
-    attend<float>(args, part);
+    Attend<float>(args, part, room).run();
+}
+
+KERNEL(attend_join)(const Attention& args, const AttentionPart& part, int64_t first, int64_t last, float* room,
+                    bool is_bf16) {
+  if (is_bf16)
+    Attend<bf16>(args, part, room).join(first, last);
+  else
+    Attend<float>(args, part, room).join(first, last);
 }

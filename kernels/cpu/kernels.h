@@ -2,26 +2,7 @@
 #pragma once
 #include <cstdint>
 
-// Attention of one serving step over cached pages; `kernels.reference.attention_paged` is the spec.
-struct PagedAttention {
-  void* out;            // [T, N, H]
-  float* lse;           // [T, N]
-  const void* q;        // [T, N, H]
-  const void* keys;     // [P, S, K, H]
-  const void* values;
-  const int64_t* chunks;        // [B, 4]: first query row, queries, keys without prefix, prefix entries
-  const int64_t* table;         // [B, table_width] pages
-  const int64_t* prefix_table;  // [B, prefix_width]
-  const int64_t* heads;         // [N] kv head of every query head
-  int64_t num_chunks, table_width, prefix_width, num_heads, num_kv_heads, head_dim, page_size;
-  int64_t window;  // 0: none
-  float scale;
-};
-
-// Queries of one chunk and kv heads that one thread works on without interruption.
-struct Part {
-  int64_t chunk, first_query, num_queries, first_kv_head, num_kv_heads;
-};
+#include "attention_args.h"
 
 // Columns of a panel of packed weights (`linear.cpp`).
 constexpr int PANEL = 48;
@@ -153,7 +134,14 @@ struct LogProbArgs {
 
 // Every kernel and its arguments. Compiled once per instruction set as <name>_<ISA> (KERNEL below defines one).
 #define EVERY_KERNEL(X)                                                                                                \
-  X(attend, (const PagedAttention&, const Part&, bool is_bf16))                                                        \
+  X(attend, (const Attention&, const AttentionPart&, float* room, bool is_bf16))                                       \
+  /* a query's parts [first, last) into out and lse */                                                                 \
+  X(attend_join, (const Attention&, const AttentionPart&, int64_t first, int64_t last, float* room, bool is_bf16))     \
+  /* adds to sums [2][keys][width] of one sequence and kv head, block by block when its turn comes */                   \
+  X(attend_backward, (const Attention&, const AttentionGrads&, const AttentionPart&, float* room, float* sums,         \
+                      int32_t* turns, bool is_bf16))                                                                   \
+  X(attend_backward_finish, (const Attention&, const AttentionGrads&, const AttentionPart&, float* room, float* sums,  \
+                             bool is_bf16))                                                                            \
   /* thread's share of calls [parts][segments]: parts differ in columns, segments in rows, x and out point there */   \
   X(linear, (const LinearArgs* calls, int64_t parts, int64_t segments, int64_t thread, int64_t threads, bool is_bf16)) \
   X(pack, (const PackArgs&, int64_t first_panel, int64_t last_panel))                                                  \

@@ -84,7 +84,33 @@ inline void store_some(T* p, vf x, int n) {
 }
 
 // v[i][j] becomes v[j][i].
-inline void transpose(vf (&v)[W]) {
+__attribute__((always_inline)) inline void transpose(vf (&v)[W]) {
+#if defined(__AVX512F__)
+  __m512 a[16], b[16];
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    const __m512 p = _mm512_unpacklo_ps(v[i], v[i + 1]), q = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    const __m512 r = _mm512_unpacklo_ps(v[i + 2], v[i + 3]), s = _mm512_unpackhi_ps(v[i + 2], v[i + 3]);
+    a[i] = (__m512)_mm512_unpacklo_pd((__m512d)p, (__m512d)r);
+    a[i + 1] = (__m512)_mm512_unpackhi_pd((__m512d)p, (__m512d)r);
+    a[i + 2] = (__m512)_mm512_unpacklo_pd((__m512d)q, (__m512d)s);
+    a[i + 3] = (__m512)_mm512_unpackhi_pd((__m512d)q, (__m512d)s);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // a[4 * g + i]: lane l has column 4 * l + i of the rows 4 * g ...
+    b[i] = _mm512_shuffle_f32x4(a[i], a[4 + i], 0x88);
+    b[4 + i] = _mm512_shuffle_f32x4(a[i], a[4 + i], 0xdd);
+    b[8 + i] = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0x88);
+    b[12 + i] = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm512_shuffle_f32x4(b[i], b[8 + i], 0x88);
+    v[8 + i] = _mm512_shuffle_f32x4(b[i], b[8 + i], 0xdd);
+    v[4 + i] = _mm512_shuffle_f32x4(b[4 + i], b[12 + i], 0x88);
+    v[12 + i] = _mm512_shuffle_f32x4(b[4 + i], b[12 + i], 0xdd);
+  }
+#else
 #pragma GCC unroll 4
   for (int step = 1; step < W; step *= 2) {
     vi low, high;
@@ -100,6 +126,7 @@ inline void transpose(vf (&v)[W]) {
         v[i + step] = __builtin_shuffle(a, b, high);
       }
   }
+#endif
 }
 
 // Sums and maxima over lanes, halves onto halves: one order for every caller. A maximum with NaN is NaN.

@@ -214,6 +214,8 @@ def attend(**changes):
         "kv_index": torch.tensor([0, 0]),
         "window": 0,
         "scale": 1.0,
+        "soft_cap": 0.0,
+        "slopes": None,
     }
     return torch.ops.onemesh.attention_paged(*(good | changes).values())
 
@@ -225,7 +227,7 @@ BAD = {
     "q: rows": ({"q": torch.zeros(4, 2, 8)}, "chunks hold 3 queries, q 4"),
     "key_cache: dtype": ({"key_cache": torch.zeros(4, 4, 1, 8).bfloat16()}, "key_cache has another dtype"),
     "value_cache: shape": ({"value_cache": torch.zeros(3, 4, 1, 8)}, "key_cache and value_cache differ in shape"),
-    "head dim": ({"q": torch.zeros(3, 2, 16)}, "q has head dim 16, the cache 8"),
+    "head dim": ({"q": torch.zeros(3, 2, 16)}, "q has head dim 16, key_cache 8"),
     "q: odd head dim": (
         {"q": torch.zeros(3, 2, 7)} | dict.fromkeys(("key_cache", "value_cache"), torch.zeros(4, 4, 1, 7)),
         "q has an odd head dim 7",

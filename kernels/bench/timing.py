@@ -1,0 +1,56 @@
+"""Times of functions that are compared, and the limits of the machine that ran them, taken in the same run."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+_READ_BYTES = 256 << 20  # far more than the last cache level holds
+
+
+def interleaved(functions: Mapping[str, Callable[[], object]], *, repeats: int = 5) -> dict[str, float]:
+    """Median seconds of each function: a warm-up, then all in turn, so that a slow moment meets them alike."""
+    for function in functions.values():
+        function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def plain_read() -> Callable[[], object]:
+    """A function that reads `read_bytes()` once from front to back, with torch's threads."""
+    words = torch.ones(_READ_BYTES // 4)
+    return words.sum
+
+
+def read_bytes() -> int:
+    """Bytes that `plain_read`'s function reads."""
+    return _READ_BYTES
+
+
+def matrix_product(dtype: torch.dtype, size: int = 1536) -> tuple[Callable[[], object], float]:
+    """A square product by oneDNN, which comes near the peak of multiply-adds, and its floating-point operations."""
+    x, w = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    return lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""), 2.0 * size**3
+
+
+def processor() -> str:
+    """Name of the processor, number of threads, torch's version: what a report says of its machine."""
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return f"{names[0] if names else 'unknown processor'}, {len(names)} processors, torch {torch.__version__}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
