@@ -34,7 +34,7 @@ _REASONS = {
     1: "its process has ended",
     2: "it has left the group",
     3: "it is alive, but nothing came from it for {timeout:g} s",
-    4: "it called another operation, or with other sizes",
+    4: "it and another rank called different operations, or with different sizes",
     5: "the host has no memory left to share",
     6: "the group belongs to the process that this one was forked from",
 }
