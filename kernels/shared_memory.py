@@ -77,7 +77,7 @@ def load() -> ctypes.CDLL | None:
     return library
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class Receipt:
     """A message that is to come into `x`; those of one rank come in the order in which they were asked for."""
 

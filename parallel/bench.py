@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from kernels import shared_memory
+from kernels.memory import keep_freed_memory
 from parallel import comm
 from parallel.comm import Group, Launch
 
@@ -37,8 +38,8 @@ CROWDED_TARGET_US = 20.0
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Medians of one operation on `ranks` ranks; `size` is the bytes of a rank's input (of all_gather: the output's
-    share of a rank)."""
+    """Medians of one operation on `ranks` ranks; `size` is the bytes of a whole tensor: all_gather's output, the
+    others' input."""
 
     operation: str
     ranks: int
@@ -54,12 +55,13 @@ class Timing:
 
 def operations(group: Group, size: int) -> dict[str, Callable[[], object]]:
     """One call of each operation on `size` bytes of float32; two ranks only have send and receive."""
-    x = torch.ones(size // 4)
+    x = torch.zeros(size // 4)  # stay what they are in any number of sums
     equal = [size // 4 // group.size] * group.size
+    part = x[: equal[0]].clone()
     found: dict[str, Callable[[], object]] = {
-        "all_reduce": lambda: comm.all_reduce(x, group, "max"),
+        "all_reduce": lambda: comm.all_reduce(x, group),
         "reduce_scatter": lambda: comm.reduce_scatter(x, group, equal, 0),
-        "all_gather": lambda: comm.all_gather(x, group, [size // 4] * group.size, 0),
+        "all_gather": lambda: comm.all_gather(part, group, equal, 0),
     }
     if group.size == 2:
         found["send/receive"] = lambda: _there_and_back(x, group)
@@ -127,6 +129,7 @@ def _transport(name: str) -> Iterator[None]:
 def rank(launch: Launch, results: Path) -> None:
     """What each rank of the benchmark does; the first one writes the timings."""
     torch.set_num_threads(1)
+    keep_freed_memory()  # as training and serving do
     allowed = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {allowed[launch.local_rank % len(allowed)]})
     comm.start(launch, timeout_s=60)

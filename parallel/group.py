@@ -94,7 +94,7 @@ def lost(error: RuntimeError, op: str, group: Group, peer: int | None = None) ->
     return PeerLost(f"{what}lost {who} ({reason})")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Pending:
     """A collective under way; `wait()` before touching the tensor again."""
 

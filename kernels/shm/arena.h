@@ -137,6 +137,7 @@ struct Arena {
   std::unique_ptr<Stream[]> outgoing_, incoming_;
 };
 
-// out (and copy, unless null) = the ranks' sources, combined in rank order; out may be one of the sources.
+// out (and copy, unless null) = the ranks' sources, combined in rank order; out may be one of the sources. `type` is twice
+// the place among TYPES of reduce.cpp, plus one for a maximum.
 void reduce(int type, const uint8_t* const* sources, int n, uint8_t* out, uint8_t* copy, size_t bytes);
 size_t item_bytes(int type);

@@ -1,7 +1,8 @@
 // Sums and maxima over the ranks' buffers, in rank order: ((x0 + x1) + x2) + ...
 //
 // bfloat16 and float16 are summed in float32 and rounded once, to nearest even. Integers wrap. NaN wins a maximum.
-#include <algorithm>
+//
+// Compiled once per instruction set (NAME is reduce_<set>); all of them give the same bits, entry by entry.
 #include <cstring>
 #include <type_traits>
 
@@ -94,7 +95,7 @@ void reduce_as(const uint8_t* const* sources, int n, uint8_t* out, uint8_t* copy
   const auto first = reinterpret_cast<const T*>(sources[0]), second = reinterpret_cast<const T*>(sources[1]);
   const auto to = reinterpret_cast<T*>(out);
   for (size_t at = 0; at < bytes / sizeof(T); at += BLOCK) {
-    const size_t count = std::min(BLOCK, bytes / sizeof(T) - at);
+    const size_t left = bytes / sizeof(T) - at, count = left < BLOCK ? left : BLOCK;
     // `to` may be one of the sources, never a part of one further on
     if (n == 2) {
 #pragma GCC ivdep
@@ -114,13 +115,12 @@ void reduce_as(const uint8_t* const* sources, int n, uint8_t* out, uint8_t* copy
 using Reduce = void (*)(const uint8_t* const*, int, uint8_t*, uint8_t*, size_t);
 
 struct Type {
-  size_t bytes;
   Reduce sum, max;
 };
 
 template <class T>
 constexpr Type type() {
-  return {sizeof(T), reduce_as<T, Sum>, reduce_as<T, Max>};
+  return {reduce_as<T, Sum>, reduce_as<T, Max>};
 }
 
 // in the order of `DTYPES` in kernels/shared_memory.py
@@ -129,10 +129,7 @@ constexpr Type TYPES[] = {type<float>(),  type<double>(),  type<BFloat16>(), typ
 
 }  // namespace
 
-// `type` is twice the place in TYPES, plus one for a maximum.
-void reduce(int type, const uint8_t* const* sources, int n, uint8_t* out, uint8_t* copy, size_t bytes) {
+void NAME(int type, const uint8_t* const* sources, int n, uint8_t* out, uint8_t* copy, size_t bytes) {
   const Type& t = TYPES[type / 2];
   (type % 2 ? t.max : t.sum)(sources, n, out, copy, bytes);
 }
-
-size_t item_bytes(int type) { return TYPES[type / 2].bytes; }
