@@ -179,7 +179,9 @@ class Network:
         """Of unequal parts one of the all-reduced whole: gloo scatters equal ones only."""
         if len(set(sizes)) == 1:
             out = x.new_empty((sizes[0], *x.shape[1:]))
-            dist.reduce_scatter_tensor(out, x, group=self.group)
+            # the older name warns since torch 2.13
+            scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+            scatter(out, x, group=self.group)
             return out
         total = x.clone()
         self.all_reduce(total, "sum")
@@ -189,7 +191,7 @@ class Network:
         """Unequal parts travel padded to the longest one: gloo gathers equal ones only."""
         if len(set(sizes)) == 1:
             out = x.new_empty((sum(sizes), *x.shape[1:]))
-            dist.all_gather_into_tensor(out, x, group=self.group)
+            dist.all_gather(list(out.split(list(sizes))), x, group=self.group)
             return out
         padded = x.new_zeros((max(sizes), *x.shape[1:]))
         padded[: x.shape[0]] = x
