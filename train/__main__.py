@@ -48,10 +48,10 @@ def main(arguments: Sequence[str]) -> int:
         inputs = prepare(arguments, launch)
         if launch.rank == 0:
             announce(inputs)
+        comm.start(launch)
     except ConfigError as error:
         comm.tell(launch, error)
         return 2
-    comm.start(launch)
     try:
         return run(inputs, launch)
     except ConfigError as error:

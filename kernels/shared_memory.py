@@ -1,0 +1,229 @@
+"""Collectives of ranks on one host through memory that they share (`kernels/shm/`), as methods on tensors.
+
+The C++ side is reached through ctypes: a call costs about half a microsecond and lets go of Python's lock. Where the
+library wasn't built (no compiler at installation), `load` returns None.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from ctypes import c_double, c_int, c_uint64, c_void_p
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).with_name("_shm.so")
+
+DTYPES = (
+    torch.float32, torch.float64, torch.bfloat16, torch.float16,
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+)  # fmt: skip
+"""What can be summed, in the order of TYPES in kernels/shm/reduce.cpp."""
+
+_TYPES = {(dtype, op): 2 * i + (op == "max") for i, dtype in enumerate(DTYPES) for op in ("sum", "max")}
+_TYPES[torch.bool, "max"] = _TYPES[torch.uint8, "max"]
+
+_REASONS = {
+    1: "its process has ended",
+    2: "it has left the group",
+    3: "it is alive, but nothing came from it for {timeout:g} s",
+    4: "it and another rank called different operations, or with different sizes",
+    5: "the host has no memory left to share",
+    6: "the group belongs to the process that this one was forked from",
+}
+_GONE = (1, 2, 3)
+_ARGUMENTS = {
+    "watch": [c_void_p, c_void_p, c_int],
+    "close": [c_void_p],
+    "lost": [c_void_p],
+    "all_reduce": [c_void_p, c_void_p, c_uint64, c_int],
+    "reduce_scatter": [c_void_p, c_void_p, c_void_p, c_void_p, c_uint64, c_int],
+    "all_gather": [c_void_p, c_void_p, c_void_p, c_void_p, c_uint64],
+    "broadcast": [c_void_p, c_void_p, c_uint64, c_int],
+    "send": [c_void_p, c_void_p, c_uint64, c_int],
+    "receive": [c_void_p, c_void_p, c_uint64, c_int],
+    "barrier": [c_void_p],
+}
+
+
+class Broken(RuntimeError):
+    """A group in shared memory failed, for good; `rank` is whose fault it is, `is_gone` whether that one is lost."""
+
+    def __init__(self, rank: int, reason: str, is_gone: bool) -> None:
+        super().__init__(reason)
+        self.rank = rank
+        self.is_gone = is_gone
+
+
+def load() -> ctypes.CDLL | None:
+    """The library, None where it isn't built. Raises RuntimeError when it is built, but doesn't load."""
+    if not LIBRARY.is_file():
+        return None
+    try:
+        library = ctypes.CDLL(str(LIBRARY), use_errno=True)
+    except OSError as error:
+        raise RuntimeError(f"{LIBRARY} doesn't load ({error}); build it again: make clean install") from None
+    library.onemesh_shm_open.argtypes = [c_int, c_int, c_int, c_double]
+    library.onemesh_shm_open.restype = c_void_p
+    for name, arguments in _ARGUMENTS.items():
+        getattr(library, f"onemesh_shm_{name}").argtypes = arguments
+    return library
+
+
+@dataclass(slots=True, eq=False)
+class Receipt:
+    """A message that is to come into `x`; those of one rank come in the order in which they were asked for."""
+
+    x: Tensor
+    source: int
+    memory: SharedMemory
+    done: bool = False
+
+    def wait(self) -> None:
+        """Blocks until the message is there."""
+        self.memory.complete(self)
+
+
+@dataclass(eq=False)
+class SharedMemory:
+    """One group's shared memory, as the rank at `place` among `ranks` (global) sees it; all of them on this host.
+
+    Every tensor is contiguous and on the CPU. Every method may raise Broken; the group is of no use then.
+    Sums and maxima are taken in rank order, whatever the size: an entry's bits depend on the ranks' entries alone.
+    bfloat16 and float16 are summed in float32 and rounded once. Integers wrap; a maximum with NaN is NaN.
+    """
+
+    library: ctypes.CDLL
+    fd: int
+    """A memfd that all ranks have opened; it is closed with the group."""
+    place: int
+    ranks: tuple[int, ...]
+    timeout_s: float
+    _arena: int = field(init=False, default=0)
+    _asked: list[deque[Receipt]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Maps the memory; raises OSError when the host doesn't give it."""
+        arena = self.library.onemesh_shm_open(self.fd, self.place, len(self.ranks), self.timeout_s)
+        if arena is None:
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error))
+        self._arena = arena
+        self._asked = [deque() for _ in self.ranks]
+        self._sizes = c_uint64 * len(self.ranks)
+        weakref.finalize(self, self.library.onemesh_shm_close, arena)
+        self._all_reduce = self.library.onemesh_shm_all_reduce
+        self._reduce_scatter = self.library.onemesh_shm_reduce_scatter
+        self._all_gather = self.library.onemesh_shm_all_gather
+        self._broadcast = self.library.onemesh_shm_broadcast
+        self._barrier = self.library.onemesh_shm_barrier
+        self._send = self.library.onemesh_shm_send
+        self._receive = self.library.onemesh_shm_receive
+
+    def watch(self, pids: Sequence[int], ranks_on_host: int) -> None:
+        """Completes the group once every rank has mapped it; raises OSError when a process can't be watched.
+
+        pids: by place. ranks_on_host: how many ranks compete for its processors; it decides how to wait.
+        """
+        error = self.library.onemesh_shm_watch(self._arena, (c_int * len(pids))(*pids), ranks_on_host)
+        if error:
+            raise OSError(error, os.strerror(error))
+
+    def all_reduce(self, x: Tensor, op: str) -> None:
+        """Reduces `x` in place by `sum` or `max`, in rank order."""
+        kind = _TYPES.get((x.dtype, op))
+        if kind is None or not x.is_contiguous():
+            raise _unsuitable(x, op)
+        code = self._all_reduce(self._arena, x.data_ptr(), x.numel(), kind)
+        if code:
+            raise self._broken(code)
+
+    def sum_in_rank_order(self, x: Tensor) -> None:
+        """The sum of `all_reduce`."""
+        self.all_reduce(x, "sum")
+
+    def all_reduce_start(self, x: Tensor) -> None:
+        """The sum, at once: there is no processor to spare that could do it beside the computation."""
+        self.all_reduce(x, "sum")
+
+    def reduce_scatter(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """This rank's part of the sum of `x` [sum(sizes), ...], whose parts along dim 0 are `sizes`."""
+        kind = _TYPES.get((x.dtype, "sum"))
+        if kind is None or not x.is_contiguous():
+            raise _unsuitable(x, "sum")
+        rest = x.shape[1:]
+        out = torch.empty((sizes[self.place], *rest), dtype=x.dtype)
+        row = math.prod(rest) * x.itemsize
+        code = self._reduce_scatter(self._arena, x.data_ptr(), out.data_ptr(), self._sizes(*sizes), row, kind)
+        if code:
+            raise self._broken(code)
+        return out
+
+    def all_gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """[sum(sizes), ...]: the ranks' `x` along dim 0, whose lengths there are `sizes`."""
+        rest = x.shape[1:]
+        out = torch.empty((sum(sizes), *rest), dtype=x.dtype)
+        row = math.prod(rest) * x.itemsize
+        code = self._all_gather(self._arena, x.data_ptr(), out.data_ptr(), self._sizes(*sizes), row)
+        if code:
+            raise self._broken(code)
+        return out
+
+    def broadcast(self, x: Tensor, source: int) -> None:
+        """Overwrites `x` with that of the rank at `source`, which goes on before the others have it."""
+        _check_contiguous(x)
+        code = self._broadcast(self._arena, x.data_ptr(), x.nbytes, source)
+        if code:
+            raise self._broken(code)
+
+    def barrier(self) -> None:
+        """Returns once every rank has called it."""
+        code = self._barrier(self._arena)
+        if code:
+            raise self._broken(code)
+
+    def send(self, x: Tensor, to: int) -> None:
+        """Copies `x` for the rank at `to` and returns; `x` may change then. Waits only with 1 GB under way already."""
+        _check_contiguous(x)
+        code = self._send(self._arena, x.data_ptr(), x.nbytes, to)
+        if code:
+            raise self._broken(code)
+
+    def receive(self, x: Tensor, source: int) -> Receipt:
+        """Asks for the next message of the rank at `source`, whose size is that of `x`."""
+        _check_contiguous(x)
+        receipt = Receipt(x, source, self)
+        self._asked[source].append(receipt)
+        return receipt
+
+    def complete(self, receipt: Receipt) -> None:
+        """Receives the messages that were asked for up to this one."""
+        asked = self._asked[receipt.source]
+        while not receipt.done:
+            first = asked.popleft()
+            code = self._receive(self._arena, first.x.data_ptr(), first.x.nbytes, first.source)
+            if code:
+                raise self._broken(code)
+            first.done = True
+
+    def _broken(self, code: int) -> Broken:
+        place = self.place if code == 6 else self.library.onemesh_shm_lost(self._arena)
+        return Broken(self.ranks[place], _REASONS[code].format(timeout=self.timeout_s), code in _GONE)
+
+
+def _check_contiguous(x: Tensor) -> None:
+    if not x.is_contiguous():
+        raise ValueError(f"the tensor of shape {tuple(x.shape)} is not contiguous; pass x.contiguous()")
+
+
+def _unsuitable(x: Tensor, op: str) -> ValueError:
+    _check_contiguous(x)
+    known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+    return ValueError(f"op={op} of {x.dtype} is not among sum and max of {known} and max of bool")

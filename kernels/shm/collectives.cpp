@@ -1,0 +1,246 @@
+// Collectives in shared memory (the rules of steps and slots: arena.h). Sizes are bytes.
+//
+// What fits into a slot goes in one step: copy in, publish, wait for the others, combine. What is longer goes in chunks,
+// so that the copies of one chunk overlap the waiting for another and everything stays in the cache. Sums are taken in
+// rank order either way: the bits of an entry depend neither on its place nor on the size.
+#include <errno.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "arena.h"
+
+namespace {
+
+enum Operation : uint64_t { ALL_REDUCE = 1, ALL_GATHER, REDUCE_SCATTER, BROADCAST, BARRIER };
+
+uint64_t mixed(uint64_t tag, uint64_t value) { return (tag ^ value) * 0x9E3779B97F4A7C15ull + (tag >> 29); }
+
+uint64_t mixed(uint64_t tag, const uint64_t* sizes, int n) {
+  for (int r = 0; r < n; r++) tag = mixed(tag, sizes[r]);
+  return tag;
+}
+
+// One collective of this rank, from its first step on.
+class Call {
+ public:
+  Call(Arena& arena, uint64_t tag, bool large)
+      : a_(arena), lock_(arena.mutex), first_(arena.step), tag_(mixed(tag, arena.step)), large_(large) {}
+
+  int begin() {
+    if (int error = a_.check()) return error;
+    if (int error = a_.reserve(first_, large_)) return error;
+    a_.tag(a_.me, first_, large_) = tag_;
+    return OK;
+  }
+
+  uint8_t* slot(int rank, uint64_t t) { return a_.slot(rank, first_ + uint32_t(t), large_); }
+  uint8_t* own(uint64_t t) { return slot(a_.me, t); }
+  int reserve(uint64_t t) { return a_.reserve(first_ + uint32_t(t), large_); }
+
+  void publish(uint64_t t) {
+    a_.step = first_ + uint32_t(t) + 1;
+    a_.publish(a_.step);
+  }
+
+  // Waits until every rank has published step t; the first time compares what they are doing.
+  int wait_all(uint64_t t) {
+    if (int error = a_.wait_all(first_ + uint32_t(t) + 1)) return error;
+    for (int r = 0; t == 0 && r < a_.n; r++) {
+      if (int error = same(r)) return error;
+    }
+    return OK;
+  }
+
+  int wait_rank(int rank, uint64_t t) {
+    if (int error = a_.wait_rank(rank, first_ + uint32_t(t) + 1)) return error;
+    return t == 0 ? same(rank) : OK;
+  }
+
+ private:
+  int same(int rank) { return a_.tag(rank, first_, large_) == tag_ ? OK : a_.fail(MISMATCH, rank); }
+
+  Arena& a_;
+  std::lock_guard<std::mutex> lock_;
+  uint32_t first_;
+  uint64_t tag_;
+  bool large_;
+};
+
+uint64_t ceil_div(uint64_t a, uint64_t b) { return (a + b - 1) / b; }
+
+// Bytes [at, at + length) of part `index` when `bytes` are cut into parts of `part`.
+struct Span {
+  Span(uint64_t bytes, uint64_t part, uint64_t index)
+      : at(std::min(index * part, bytes)), length(std::min(part, bytes - at)) {}
+  uint64_t at, length;
+};
+
+int reduce_at_once(Call& call, Arena& a, int type, uint8_t* x, uint64_t bytes) {
+  std::memcpy(call.own(0), x, bytes);
+  call.publish(0);
+  if (int error = call.wait_all(0)) return error;
+  std::vector<const uint8_t*> sources(a.n);
+  for (int r = 0; r < a.n; r++) sources[r] = r == a.me ? x : call.slot(r, 0);
+  reduce(type, sources.data(), a.n, x, nullptr, bytes);
+  return OK;
+}
+
+// At step t a rank copies chunk t in, reduces its own part of chunk t - 1 and copies the parts of chunk t - 2 out.
+int reduce_in_chunks(Call& call, Arena& a, int type, uint8_t* x, uint64_t bytes) {
+  const uint64_t unit = 64 * uint64_t(a.n);  // parts begin at cache lines
+  const uint64_t most = a.layout.chunk / unit * unit, about = ceil_div(bytes, most);
+  const uint64_t chunk = std::min(most, ceil_div(ceil_div(bytes, about), unit) * unit);
+  const uint64_t steps = ceil_div(bytes, chunk), part = chunk / a.n;
+  auto span = [&](uint64_t t, int r) { return Span(bytes, part, t * a.n + r); };
+  std::vector<const uint8_t*> sources(a.n);
+  for (uint64_t t = 0; t <= steps + 1; t++) {
+    if (t <= steps) {
+      if (int error = call.reserve(t)) return error;
+    }
+    for (int r = 0; t < steps && r < a.n; r++) {
+      const Span s = span(t, r);
+      if (r != a.me) std::memcpy(call.own(t) + r * part, x + s.at, s.length);
+    }
+    if (t >= 1) {
+      if (int error = call.wait_all(t - 1)) return error;
+    }
+    if (t >= 1 && t <= steps) {
+      const Span s = span(t - 1, a.me);
+      for (int r = 0; r < a.n; r++) sources[r] = r == a.me ? x + s.at : call.slot(r, t - 1) + a.me * part;
+      reduce(type, sources.data(), a.n, x + s.at, call.own(t) + chunk, s.length);
+    }
+    if (t <= steps) call.publish(t);
+    for (int i = 1; t >= 2 && i < a.n; i++) {
+      const int r = (a.me + i) % a.n;
+      const Span s = span(t - 2, r);
+      std::memcpy(x + s.at, call.slot(r, t - 1) + chunk, s.length);
+    }
+  }
+  return OK;
+}
+
+// Bytes a rank shares at a step when everybody reads them.
+uint64_t shared_chunk(const Arena& a, bool large) {
+  return large ? std::min<uint64_t>(a.layout.chunk, (512u << 10) / a.n / 64 * 64) : a.layout.small_slot;
+}
+
+}  // namespace
+
+extern "C" {
+
+// A group's shared memory, from an empty memfd; null with errno otherwise. Takes the descriptor.
+Arena* onemesh_shm_open(int fd, int rank, int size, double timeout_s) {
+  auto arena = std::make_unique<Arena>(fd, rank, size, timeout_s);
+  return arena->open() ? arena.release() : nullptr;
+}
+
+int onemesh_shm_watch(Arena* arena, const int* pids, int ranks_on_host) {
+  return arena->watch(pids, ranks_on_host) ? 0 : errno;
+}
+
+void onemesh_shm_close(Arena* arena) { delete arena; }
+
+int onemesh_shm_lost(Arena* arena) { return arena->lost(); }
+
+// x = the ranks' combination, on all of them.
+int onemesh_shm_all_reduce(Arena* arena, uint8_t* x, uint64_t items, int type) {
+  const uint64_t bytes = items * item_bytes(type);
+  const bool large = bytes > arena->layout.small_slot;
+  Call call(*arena, mixed(mixed(ALL_REDUCE, uint64_t(type)), bytes), large);
+  if (int error = call.begin()) return error;
+  return large ? reduce_in_chunks(call, *arena, type, x, bytes) : reduce_at_once(call, *arena, type, x, bytes);
+}
+
+// out = part `me` of the ranks' combined x; x is the parts one after another.
+int onemesh_shm_reduce_scatter(Arena* arena, const uint8_t* x, uint8_t* out, const uint64_t* rows, uint64_t row_bytes,
+                               int type) {
+  Arena& a = *arena;
+  std::vector<uint64_t> sizes(a.n), starts(a.n + 1), places(a.n);
+  for (int r = 0; r < a.n; r++) sizes[r] = rows[r] * row_bytes;
+  for (int r = 0; r < a.n; r++) starts[r + 1] = starts[r] + sizes[r];
+  const bool large = starts[a.n] > a.layout.small_slot;
+  const uint64_t part = large ? a.layout.chunk / a.n / 64 * 64 : a.layout.small_slot;
+  for (int r = 0; r < a.n; r++) places[r] = large ? r * part : starts[r];
+  const uint64_t steps = std::max<uint64_t>(1, ceil_div(*std::max_element(sizes.begin(), sizes.end()), part));
+  Call call(a, mixed(mixed(REDUCE_SCATTER, uint64_t(type)), sizes.data(), a.n), large);
+  if (int error = call.begin()) return error;
+  std::vector<const uint8_t*> sources(a.n);
+  for (uint64_t t = 0; t <= steps; t++) {
+    if (t < steps) {
+      if (int error = call.reserve(t)) return error;
+      for (int r = 0; r < a.n; r++) {
+        const Span s(sizes[r], part, t);
+        if (r != a.me) std::memcpy(call.own(t) + places[r], x + starts[r] + s.at, s.length);
+      }
+      call.publish(t);
+    }
+    if (t == 0) continue;
+    if (int error = call.wait_all(t - 1)) return error;
+    const Span s(sizes[a.me], part, t - 1);
+    for (int r = 0; r < a.n; r++) {
+      sources[r] = r == a.me ? x + starts[r] + s.at : call.slot(r, t - 1) + places[a.me];
+    }
+    reduce(type, sources.data(), a.n, out + s.at, nullptr, s.length);
+  }
+  return OK;
+}
+
+// out = the ranks' x one after another; `rows` are theirs and may differ.
+int onemesh_shm_all_gather(Arena* arena, const uint8_t* x, uint8_t* out, const uint64_t* rows, uint64_t row_bytes) {
+  Arena& a = *arena;
+  std::vector<uint64_t> sizes(a.n), starts(a.n + 1);
+  for (int r = 0; r < a.n; r++) sizes[r] = rows[r] * row_bytes;
+  for (int r = 0; r < a.n; r++) starts[r + 1] = starts[r] + sizes[r];
+  const uint64_t longest = *std::max_element(sizes.begin(), sizes.end());
+  const bool large = longest > a.layout.small_slot;
+  const uint64_t chunk = shared_chunk(a, large), steps = std::max<uint64_t>(1, ceil_div(longest, chunk));
+  Call call(a, mixed(ALL_GATHER, sizes.data(), a.n), large);
+  if (int error = call.begin()) return error;
+  for (uint64_t t = 0; t <= steps; t++) {
+    if (t < steps) {
+      if (int error = call.reserve(t)) return error;
+      const Span s(sizes[a.me], chunk, t);
+      std::memcpy(call.own(t), x + s.at, s.length);
+      call.publish(t);
+      std::memcpy(out + starts[a.me] + s.at, x + s.at, s.length);
+    }
+    if (t == 0) continue;
+    if (int error = call.wait_all(t - 1)) return error;
+    for (int i = 1; i < a.n; i++) {
+      const int r = (a.me + i) % a.n;
+      const Span s(sizes[r], chunk, t - 1);
+      std::memcpy(out + starts[r] + s.at, call.slot(r, t - 1), s.length);
+    }
+  }
+  return OK;
+}
+
+// x = that of rank `source`, which doesn't wait until the others have it.
+int onemesh_shm_broadcast(Arena* arena, uint8_t* x, uint64_t bytes, int source) {
+  Arena& a = *arena;
+  const bool large = bytes > a.layout.small_slot;
+  const uint64_t chunk = shared_chunk(a, large), steps = std::max<uint64_t>(1, ceil_div(bytes, chunk));
+  Call call(a, mixed(mixed(BROADCAST, uint64_t(source)), bytes), large);
+  if (int error = call.begin()) return error;
+  for (uint64_t t = 0; t < steps; t++) {
+    const Span s(bytes, chunk, t);
+    if (a.me == source) {
+      if (int error = call.reserve(t)) return error;
+      std::memcpy(call.own(t), x + s.at, s.length);
+    } else {
+      if (int error = call.wait_rank(source, t)) return error;
+      std::memcpy(x + s.at, call.slot(source, t), s.length);
+    }
+    call.publish(t);
+  }
+  return OK;
+}
+
+int onemesh_shm_barrier(Arena* arena) {
+  Call call(*arena, BARRIER, false);
+  if (int error = call.begin()) return error;
+  call.publish(0);
+  return call.wait_all(0);
+}
+}
