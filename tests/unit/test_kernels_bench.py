@@ -33,7 +33,7 @@ def test_both_sides_compute_the_same():
     """What is timed is one function: documents of as many queries as keys, and the last queries of longer ones."""
     backend("compiled", torch.float32)
     q, (_, k, v) = TINY.draw(9, torch.float32)[0], TINY.draw(25, torch.float32)
-    theirs = torch.cat(attention._sdpa(q, k, v, (5, 4), (5, 20), 0.3))
+    theirs = torch.cat(attention._blocked(q, k, v, (5, 4), (5, 20), 0.3))
     documents = Documents(query_bounds=(0, 5, 9), key_bounds=(0, 5, 25), offsets=(0, 16))
     ours, _ = attention.cpu_attention.attention_varlen(q, k, v, documents, scale=0.3)
     torch.testing.assert_close(ours, theirs)
