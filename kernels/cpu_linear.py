@@ -123,12 +123,12 @@ def input_gradient(grad_TN: Tensor, w_NK: Weight) -> Tensor:
 
 def add_weight_gradient(out_NK: Tensor, grad_TN: Tensor, x_TK: Tensor) -> None:
     """`reference.add_weight_gradient`, out in float32: chains with rising t that go on from what stands in out."""
-    torch.ops.onemesh.weight_gradient(out_NK, _rows(grad_TN), _rows(x_TK))
+    torch.ops.onemesh.weight_gradient(out_NK, _rows(grad_TN), _rows(x_TK), True)
 
 
 def _weight_gradient(w_NK: Weight, grad_TN: Tensor, x_TK: Tensor) -> Tensor:
-    out_NK = torch.zeros(w_NK.shape, dtype=torch.float32)
-    add_weight_gradient(out_NK, grad_TN, x_TK)
+    out_NK = torch.empty(w_NK.shape, dtype=torch.float32)
+    torch.ops.onemesh.weight_gradient(out_NK, _rows(grad_TN), _rows(x_TK), False)
     return out_NK.to(w_NK.dtype)
 
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 def main() -> int:
     """Exit code 0, or 2 for arguments that don't fit."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description="Measures kernels beside torch's.")
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("--isa", choices=SETS, help="one instruction set, to standard output")
     parser.add_argument("--tables", nargs="+", help="of the family; all where it isn't given")

@@ -10,7 +10,7 @@ import torch
 _READ_BYTES = 256 << 20  # far more than the last cache level holds
 
 
-def interleaved(functions: Mapping[str, Callable[[], object]], *, repeats: int = 5) -> dict[str, float]:
+def interleaved(functions: Mapping[str, Callable[[], object]], *, repeats: int = 3) -> dict[str, float]:
     """Median seconds of each function: a warm-up, then all in turn, so that a slow moment meets them alike."""
     for function in functions.values():
         function()

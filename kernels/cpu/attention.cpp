@@ -9,6 +9,8 @@
 //
 //   rows of keys -> units [H / PER_UNIT][KEY_BLOCK]       rows of values -> units [KEY_BLOCK / PER_UNIT][H]
 //   up to ROWS (query, head) pairs: scores [ROWS][KEY_BLOCK] -> exp2 -> weights -> output [ROWS][H]
+#include <initializer_list>
+
 #include "attention.h"
 #include "kernels.h"
 
@@ -175,12 +177,13 @@ struct Attend {
     for (int i = 0; first < last; first += KEY_BLOCK, i ^= 1) {
       const int64_t n = last - first < KEY_BLOCK ? last - first : KEY_BLOCK;
       const int64_t left = end - first - n, next = left < KEY_BLOCK ? left : KEY_BLOCK;
+      const bool fetches = next == KEY_BLOCK && p.num_queries == 1;
       if (next > 0) find(first + n, next, offsets[i ^ 1]);
+      if (p.num_queries == 1) touch(offsets[i], n);
       for (int64_t k = p.first_kv_head; k < p.first_kv_head + p.num_kv_heads; ++k) {
         if (a.first_head[k + 1] == a.first_head[k]) continue;
         const T* const keys = (const T*)a.keys + k * a.head_dim;
         const T* const values = (const T*)a.values + k * a.head_dim;
-        const bool fetches = next == KEY_BLOCK && p.num_queries == 1;
         for (int64_t j = 0; j < n; j += W) {
           if (fetches) fetch(keys, offsets[i ^ 1] + j);
           pack_columns<U>(room.keys + j, keys, offsets[i] + j, W, a.head_dim);
@@ -193,6 +196,15 @@ struct Attend {
       }
     }
     for (int64_t r = 0; r < rows(); ++r) room.part.sums[r] = sum(load(room.sums + r * 16));
+  }
+
+  // Loads something of every cache line of the block, in the order of memory: what packing reads, 16 rows in turn, the
+  // processor's own prefetching doesn't follow. 1.4 times as fast from memory.
+  void touch(const int64_t* offsets, int64_t n) const {
+    const int64_t begin = p.first_kv_head * a.head_dim, size = p.num_kv_heads * a.head_dim;
+    for (const void* all : {a.keys, a.values})
+      for (int64_t j = 0; j < n; ++j)
+        for (int64_t h = 0; h < size; h += 64 / sizeof(T)) (void)*(const volatile T*)((const T*)all + offsets[j] + begin + h);
   }
 
   // W rows to the second cache level.

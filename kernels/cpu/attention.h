@@ -66,7 +66,8 @@ inline float largest(vf x) {
 #endif
 }
 
-// 2^x for x <= 127, within 2 units in the last place; 0 below -126, 1 at 0; NaN stays. Minimax on [-1/2, 1/2].
+// 2^x for x <= 127 within 2 units in the last place where that is normal, 0 far below; 1 at 0; NaN stays. The polynomial
+// is the minimax one on [-1/2, 1/2].
 inline vf exp2(vf x) {
 #if defined(__AVX512F__)
   x = larger(splat(-200.0f), x);

@@ -16,19 +16,20 @@ namespace {
 
 constexpr int64_t PART_ROWS = 128;  // (query, head) pairs of a part: enough to pay for packing keys, few enough for L1
 
-// Parts that read keys one by one for few rows: all kv heads at once, as the keys lie, and long ones in several parts.
 struct Join {
-  int64_t sequence, first, last;
+  int64_t first, last;  // the results in Attention::parts that are merged for one query
 };
 struct Work {
   std::vector<AttentionPart> parts;
-  std::vector<Join> joins;    // sequences whose parts are merged
+  std::vector<Join> joins;
   std::vector<int64_t> join;  // part -> its entry in joins, -1: none
   int64_t num_extents = 0;    // results in Attention::parts
 };
 
 int64_t extents(int64_t keys) { return (keys + KEY_EXTENT - 1) / KEY_EXTENT; }
 
+// One query: all kv heads in one part, as the keys lie in memory, unless there are too few parts for the threads; a long
+// one in parts of `per_part` extents.
 void cut_single(Work& work, const Attention& a, int64_t b, int64_t keys, int64_t per_part, bool whole) {
   const int64_t count = extents(keys);
   if (count <= per_part) {
@@ -44,7 +45,7 @@ void cut_single(Work& work, const Attention& a, int64_t b, int64_t keys, int64_t
     work.parts.push_back({b, 0, 1, 0, a.num_kv_heads, e * KEY_EXTENT, last, work.num_extents + e});
     work.join.push_back(work.joins.size());
   }
-  work.joins.push_back({b, work.num_extents, work.num_extents + count});
+  work.joins.push_back({work.num_extents, work.num_extents + count});
   work.num_extents += count;
 }
 

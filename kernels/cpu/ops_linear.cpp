@@ -165,8 +165,8 @@ Tensor sum_of_products(const std::vector<Tensor> x, const std::vector<Tensor> pa
 
 constexpr int64_t TOKENS = 2048;  // re-laid at a time: the room for it stays small
 
-// out [N, K] += grad [T, N]^T x [T, K], by chains with rising t that go on from what stands in out.
-void weight_gradient(Tensor out, const Tensor grad, const Tensor x) {
+// out [N, K] = grad [T, N]^T x [T, K], by chains with rising t; with `accumulate` they go on from what stands in out.
+void weight_gradient(Tensor out, const Tensor grad, const Tensor x, bool accumulate) {
   const char* op = "weight_gradient";
   check_rows(op, "grad", grad);
   check_rows(op, "x", x);
@@ -175,6 +175,7 @@ void weight_gradient(Tensor out, const Tensor grad, const Tensor x) {
   const int64_t rows = grad.size(0), n = grad.size(1), k = x.size(1);
   STD_TORCH_CHECK(x.size(0) == rows, op, ": x has ", x.size(0), " rows, grad ", rows);
   STD_TORCH_CHECK(out.size(0) == n && out.size(1) == k, op, ": out must be [", n, ", ", k, "]");
+  if (rows == 0 && !accumulate) torch::stable::zero_(out);
   const bool bf16 = is_bf16(x);
   const int64_t per_unit = bf16 ? 2 : 1, step = std::min(rows, TOKENS), units = (step + per_unit - 1) / per_unit;
   const Tensor packed = torch::stable::new_empty(x, {panels_of(k), units, PANEL, per_unit});
@@ -195,7 +196,7 @@ void weight_gradient(Tensor out, const Tensor grad, const Tensor x) {
     LinearArgs args{};
     args.out = out.mutable_data_ptr(), args.rows = n, args.out_stride = args.out_width = k;
     args.products[0] = {turned.const_data_ptr(), turned_stride, turned_stride, packed.const_data_ptr()};
-    args.num_products = 1, args.float_out = args.accumulate = true;
+    args.num_products = 1, args.float_out = true, args.accumulate = accumulate || t > 0;
     run({args}, 1, bf16);
   }
 }
@@ -235,7 +236,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(onemesh, m) {
       "linears(Tensor x, Tensor[] packed, Tensor?[] bias, int[] widths, bool float_out, Tensor[] h, Tensor[] b, "
       "int[] updates) -> Tensor");
   m.def("sum_of_products(Tensor[] x, Tensor[] packed, int out_width, bool float_out) -> Tensor");
-  m.def("weight_gradient(Tensor(a!) out, Tensor grad, Tensor x) -> ()");
+  m.def("weight_gradient(Tensor(a!) out, Tensor grad, Tensor x, bool accumulate) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(onemesh, CPU, m) {

@@ -292,7 +292,7 @@ def test_raw_ops_name_what_is_wrong():
         (torch.zeros(5, 8), torch.zeros(4, 5), torch.zeros(4, 8, 1), "x has 3 dimensions, not 2"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            raw.weight_gradient(out, grad, other)
+            raw.weight_gradient(out, grad, other, True)
     with pytest.raises(RuntimeError, match="unpack: packed is not of a weight"):
         raw.unpack(w, 50, 9)
 
