@@ -1,0 +1,1 @@
+"""How fast the ops are: one module per family, each with `run() -> str`, its tables in Markdown."""
