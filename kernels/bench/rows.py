@@ -21,10 +21,10 @@ Case = tuple[str, int, Callable[[], object], Callable[[], object]]
 """Name, bytes read and written at least, ours, torch's."""
 
 
-def medians(functions: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each, called in turn `ROUNDS` times after two rounds that don't count."""
+def medians(functions: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Median seconds of each, called in turn `rounds` times after two rounds that don't count."""
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(ROUNDS + 2):
+    for _ in range(rounds + 2):
         for name, function in functions.items():
             start = time.perf_counter()
             function()

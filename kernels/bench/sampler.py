@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from kernels import sampling
-from kernels.bench.rows import ROUNDS, medians
+from kernels.bench.rows import medians
 from kernels.memory import keep_freed_memory
 
+ROUNDS = 7
 SETTINGS = {
     "temperature 1": (1.0, 0, 1.0, 0.0),
     "top_p 0.9": (1.0, 0, 0.9, 0.0),
@@ -39,7 +40,8 @@ def run() -> str:
                             "ours": lambda a=all_rows, x=logits_BV: compiled.draw(x, *a),
                             "numpy": lambda a=one_row, x=logits_BV[:1]: sampling.draw(x, *a),
                             "torch": lambda n=numbers, x=logits_BV[:1]: _torch_draw(x, *n),
-                        }
+                        },
+                        ROUNDS,
                     )
                     cells = (t["ours"] / batch, t["numpy"], t["torch"])
                     row = " | ".join(f"{cell * 1e6:.0f}" for cell in cells)
@@ -51,7 +53,8 @@ def run() -> str:
                     "ours": lambda x=logits_BV, r=rows, k=top: compiled.logprobs(x, r, r, k),
                     "numpy": lambda x=logits_BV, r=rows[:1], k=top[:1]: sampling.logprobs(x[:1], r, r, k),
                     "torch": lambda x=logits_BV: x[:1].log_softmax(-1).topk(5),
-                }
+                },
+                ROUNDS,
             )
             cells = (t["ours"] / batch, t["numpy"], t["torch"])
             row = " | ".join(f"{cell * 1e6:.0f}" for cell in cells)
