@@ -186,7 +186,7 @@ def decode(dtype: torch.dtype) -> list[list[str]]:
     return rows
 
 
-TABLES: dict[str, tuple[str, list[str], Callable[[torch.dtype], list[list[str]]]]] = {
+TABLES: timing.Tables = {
     "training": (
         "Training, packed causal documents. torch: its blocked CPU attention, document by document. GFLOP/s of "
         "forward / backward / a square product of oneDNN in the same run, over the visible pairs alone",
@@ -205,15 +205,3 @@ TABLES: dict[str, tuple[str, list[str], Callable[[torch.dtype], list[list[str]]]
         decode,
     ),
 }
-
-
-def measure(which: Sequence[str], dtypes: Sequence[torch.dtype], threads: Sequence[int]) -> str:
-    """The tables as Markdown, for the instruction set that is loaded."""
-    parts = []
-    for name, dtype, count in itertools.product(which, dtypes, threads):
-        torch.set_num_threads(count)
-        torch.manual_seed(0)
-        title, header, rows = TABLES[name]
-        label = f"{title}; {str(dtype).removeprefix('torch.')}, {count} thread{'s' * (count > 1)}:"
-        parts.append(f"{label}\n\n{timing.table(header, rows(dtype))}")
-    return "\n\n".join(parts)

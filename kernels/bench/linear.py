@@ -125,7 +125,7 @@ def _speeds(name: str, flops: float, seconds: Mapping[str, float]) -> list[str]:
     return [name, " / ".join(speeds), *ratios]
 
 
-TABLES: dict[str, tuple[str, list[str], Callable[[torch.dtype], list[list[str]]]]] = {
+TABLES: timing.Tables = {
     "few": (
         "All linears of SmolLM2-135M and its head once, for some rows of x. oneDNN: weights in its own layout for that "
         "number of rows. Read: the same run's plain read of memory. Product: a square one of oneDNN, near the peak",

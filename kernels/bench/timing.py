@@ -1,8 +1,9 @@
 """Times of functions that are compared, and the limits of the machine that ran them, taken in the same run."""
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -54,3 +55,18 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+Tables = dict[str, tuple[str, list[str], Callable[[torch.dtype], list[list[str]]]]]
+"""Of a family, by name: what a table shows, its header, and what measures its rows."""
+
+
+def measure(tables: Tables, dtypes: Sequence[torch.dtype], threads: Sequence[int]) -> str:
+    """The tables as Markdown, for the instruction set that is loaded."""
+    parts = []
+    for (title, header, rows), dtype, count in itertools.product(tables.values(), dtypes, threads):
+        torch.set_num_threads(count)
+        torch.manual_seed(0)
+        label = f"{title}; {str(dtype).removeprefix('torch.')}, {count} thread{'s' * (count > 1)}:"
+        parts.append(f"{label}\n\n{table(header, rows(dtype))}")
+    return "\n\n".join(parts)

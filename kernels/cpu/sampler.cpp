@@ -51,8 +51,16 @@ inline vl weight(vd x) {
   return (vl)whole - (vl)splat_d(4503599627370496.0);
 }
 
+inline vd widened(const float* logits) {
+#if defined(__AVX512F__)  // GCC 12 would convert by halves
+  return _mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(logits));
+#else
+  return __builtin_convertvector(*(const vhf*)logits, vd);
+#endif
+}
+
 inline vl weight(const float* logits, double largest, double scale) {
-  return weight((__builtin_convertvector(*(const vhf*)logits, vd) - largest) * scale);
+  return weight((widened(logits) - largest) * scale);
 }
 
 // f(i, weights, n) for HALF tokens at a time; n < HALF of them in the last call, the others' weights are 0.

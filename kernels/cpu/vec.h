@@ -47,7 +47,16 @@ inline void store(float* p, vf x) { *(vf*)p = x; }
 
 // bfloat16 is kept as uint16_t.
 typedef uint16_t bf16;
-inline vf load(const bf16* p) { return bits(__builtin_convertvector(*(const vh*)p, vu) << 16); }
+inline vf widened(vh x) {  // GCC 12 would convert wide vectors by halves, and warns of the forms without a mask
+#if defined(__AVX512F__)
+  return bits((vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x) << 16);
+#elif defined(__AVX2__)
+  return bits((vu)_mm256_cvtepu16_epi32((__m128i)x) << 16);
+#else
+  return bits(__builtin_convertvector(x, vu) << 16);
+#endif
+}
+inline vf load(const bf16* p) { return widened(*(const vh*)p); }
 
 inline vu round_bf16(vf x) {  // the upper half, ties to even; NaN stays NaN
   const vu u = (vu)x;
@@ -55,7 +64,17 @@ inline vu round_bf16(vf x) {  // the upper half, ties to even; NaN stays NaN
   const vi is_nan = (vi)((u & 0x7fffffffu) > 0x7f800000u);
   return (rounded & ~(vu)is_nan) | (0x7fc0u & (vu)is_nan);
 }
-inline void store(bf16* p, vf x) { *(vh*)p = __builtin_convertvector(round_bf16(x), vh); }
+inline vh to_bf16(vf x) {
+#if defined(__AVX512BF16__)
+  if (!_mm512_fpclass_ps_mask((__m512)x, 0x20)) return (vh)_mm512_cvtneps_pbh((__m512)x);  // it would flush subnormals
+#endif
+#if defined(__AVX512F__)
+  return (vh)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)round_bf16(x));
+#else
+  return __builtin_convertvector(round_bf16(x), vh);
+#endif
+}
+inline void store(bf16* p, vf x) { *(vh*)p = to_bf16(x); }
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) {
@@ -67,7 +86,7 @@ inline float to_float(bf16 x) {
 
 // What x becomes when it is stored as T.
 inline vf rounded(vf x, const float*) { return x; }
-inline vf rounded(vf x, const bf16*) { return bits(round_bf16(x) << 16); }
+inline vf rounded(vf x, const bf16*) { return widened(to_bf16(x)); }
 
 // The first n < W elements; the rest of the vector is zero, and isn't touched in memory.
 template <class T>

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.bench import attention, timing
+from kernels.bench import attention, linear, timing
 from kernels.documents import Documents
 from tests.backends import backend
 
@@ -23,8 +23,22 @@ def test_every_table_of_attention(monkeypatch):
     monkeypatch.setattr(attention, "DECODES", ((TINY, (40, 17)),))
     monkeypatch.setattr(attention, "_COLD_BYTES", 1000)
     monkeypatch.setattr(timing, "_READ_BYTES", 4096)
-    text = attention.measure(list(attention.TABLES), [torch.float32], [1])
+    text = timing.measure(attention.TABLES, [torch.float32], [1])
     for line in ("| 3/1 x 8 | 5 3 |", "| 3/1 x 8 | 4 of 4, 2 of 20 |", "| 3/1 x 8 | 2 x 200-400 |"):
+        assert line in text
+    assert text.count("float32, 1 thread:") == 3
+
+
+@pytest.mark.usefixtures("thread_counts")
+def test_every_table_of_linears(monkeypatch):
+    backend("compiled", torch.float32)
+    monkeypatch.setattr(linear, "LAYER", ((50, 8), (8, 50)))
+    monkeypatch.setattr(linear, "LAYERS", 2)
+    monkeypatch.setattr(linear, "HEAD", (20, 8))
+    monkeypatch.setattr(linear, "TOKENS", 10)
+    monkeypatch.setattr(timing, "_READ_BYTES", 4096)
+    text = timing.measure(linear.TABLES, [torch.float32], [1])
+    for line in ("| 1 |", "| forward, 512 rows |", "| 8 x 50 of w |"):
         assert line in text
     assert text.count("float32, 1 thread:") == 3
 
@@ -49,7 +63,7 @@ def test_medians_are_of_each_function_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["linear"], "invalid choice: 'linear'"),
+        (["gemm"], "invalid choice: 'gemm'"),
         (["attention", "--tables", "nothing"], "attention has training, prefill, decode, not nothing"),
         (["attention", "--isa", "avx9"], "invalid choice: 'avx9'"),
     ],
