@@ -1,0 +1,222 @@
+"""CUDA sources built by g++ and run on the CPU, thread for thread: see docs/cuda.md.
+
+`run` starts a program with the kernel inside, hands it tensors and gives back what became of them; a crash, a
+sanitizer's report and the executor's own messages end that program and not the tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+KERNELS = ROOT / "kernels" / "cuda"
+HOST = ROOT / "tests" / "cuda_on_host" / "host"
+CACHE = ROOT / "build" / "cuda_on_host"
+
+WARNINGS = ("-Wall", "-Wno-unknown-pragmas")
+KINDS = {
+    "plain": ("-O2",),
+    "asan": ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+    "tsan": ("-O1", "-g", "-fsanitize=thread"),
+}
+"""Build -> its flags. The scheduler of `tsan` isn't instrumented itself."""
+
+FORWARD, REVERSE = (0, 0), (1, 0)
+
+
+def seeded(seed: int) -> tuple[int, int]:
+    """An order of threads and blocks drawn from a seed."""
+    return 2, seed
+
+
+ORDERS = (FORWARD, REVERSE, seeded(1), seeded(2))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one program did."""
+
+    code: int
+    """Exit code; 3 for a mistake that the executor reports, negative for a signal."""
+    text: str
+    """Its stderr: messages of the executor and the sanitizers."""
+    runs: list[dict[str, Tensor]]
+    """Per order: the tensors afterwards, by the name of their argument."""
+    status: list[int]
+    """Per order: what the launcher returned, 0 for success."""
+
+
+@functools.cache
+def _processor() -> str:
+    """What -march=native depends on."""
+    return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+
+
+def once(path: Path, make: Callable[[Path], None]) -> Path:
+    """`path`, made by `make(temporary name)` unless it is there; two processes at it don't disturb each other."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            make(made)
+            made.replace(path)
+    return path
+
+
+def digest(parts: Iterable[str | Path]) -> str:
+    """Names what is made from these texts and files."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.read_bytes() if isinstance(part, Path) else part.encode())
+        found.update(b"\0")
+    return found.hexdigest()[:20]
+
+
+def compile_with(command: Sequence[str]) -> None:
+    """Runs a compiler; its complaint is the error."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+
+
+def headers() -> list[Path]:
+    """All that a kernel may include."""
+    return sorted([*KERNELS.glob("*.cuh"), *KERNELS.glob("*.h"), *HOST.glob("*.h")])
+
+
+def program(source: Path, kind: str, text: str | None = None) -> Path:
+    """The program of this .cu file and build; `text` stands for the file's own where a test changes it."""
+    if shutil.which("g++") is None or platform.machine() != "x86_64":
+        pytest.skip("the host executor needs g++ on x86-64")
+    flags = ["-std=c++17", "-march=native", *WARNINGS, *KINDS[kind]]
+    include = [f"-I{HOST}", f"-I{KERNELS}", f"-I{ROOT / 'kernels'}", f"-I{source.parent}"]
+    common = [*flags, _processor(), *headers()]
+
+    def compile_host(name: str) -> Path:
+        own = [f for f in flags if f != "-fsanitize=thread"] + (["-DEXECUTOR_TSAN"] if kind == "tsan" else [])
+        path = CACHE / f"{Path(name).stem}-{kind}-{digest([*common, HOST / name])}.o"
+        return once(path, lambda to: compile_with(["g++", *own, "-c", str(HOST / name), "-o", str(to)]))
+
+    def link(to: Path) -> None:
+        code = to.with_suffix(".cu")
+        code.write_text(f'#line 1 "{source}"\n{source.read_text() if text is None else text}')
+        objects = [str(compile_host("executor.cpp")), str(compile_host("driver.cpp"))]
+        compile_with(
+            [
+                "g++",
+                *flags,
+                *include,
+                "-x",
+                "c++",
+                str(code),
+                "-x",
+                "none",
+                *objects,
+                "-rdynamic",
+                "-ldl",
+                "-o",
+                str(to),
+            ]
+        )
+
+    own = source if text is None else text
+    return once(
+        CACHE / f"{source.stem}-{kind}-{digest([*common, HOST / 'executor.cpp', HOST / 'driver.cpp', own])}", link
+    )
+
+
+def build(*wanted: tuple[Path, str]) -> None:
+    """Builds (source, kind) pairs, two at a time: the tests behind find them."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda pair: program(*pair), wanted))
+
+
+SCALARS = {"float": ctypes.c_float, "int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32}
+
+
+@functools.cache
+def arguments(header: Path) -> dict[str, type[ctypes.Structure]]:
+    """The structs of a header of launchers, by name: members are pointers, float, int32_t and int64_t."""
+    found = {}
+    text = re.sub(r"//.*", "", header.read_text())
+    for name, body in re.findall(r"^struct (\w+) \{(.*?)^\};", text, re.MULTILINE | re.DOTALL):
+        fields: list[tuple[str, type]] = []
+        for declaration in body.split(";"):
+            words = declaration.replace("const ", "").split(None, 1)
+            for member in words[1].split(",") if words else []:
+                is_pointer = "*" in member or words[0].endswith("*")
+                fields.append((member.strip(" *\n"), ctypes.c_void_p if is_pointer else SCALARS[words[0]]))
+        found[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+    return found
+
+
+def _bytes(x: Tensor) -> bytes:
+    return x.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def run(
+    path: Path,
+    function: str,
+    kind: type[ctypes.Structure],
+    values: Mapping[str, Tensor | float | None],
+    *,
+    orders: Sequence[tuple[int, int]] = (FORWARD,),
+    shift: Mapping[str, int] | None = None,
+    timeout: float = 60,
+) -> Outcome:
+    """Calls `function(&struct of kind, stream)` of the program, once per order, each time on the same tensors.
+
+    A tensor becomes a pointer to an allocation of exactly its size, on a 256-byte border; `shift` moves named ones
+    up by some bytes. Members without a value are 0.
+    """
+    tensors = {name: v for name, v in values.items() if isinstance(v, Tensor)}
+    shifts = {name: (shift or {}).get(name, 0) for name in tensors}
+    scalars = {name: v for name, v in values.items() if v is not None and name not in tensors}
+    blobs = {name: b"\xff" * shifts[name] + _bytes(tensor) for name, tensor in tensors.items()}
+    message = [struct.pack("64s4q", function.encode(), len(orders), len(blobs), len(blobs), ctypes.sizeof(kind))]
+    message += [struct.pack("qQ", *order) for order in orders]
+    message += [struct.pack("q", len(blob)) for blob in blobs.values()]
+    message += [struct.pack("3q", getattr(kind, name).offset, i, shifts[name]) for i, name in enumerate(blobs)]
+    message += [bytes(kind(**scalars)), *blobs.values()]
+    options = {
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:exitcode=98",
+        "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=98",
+        "TSAN_OPTIONS": "halt_on_error=1:exitcode=97:atexit_sleep_ms=0",
+    }
+    done = subprocess.run(
+        [path], input=b"".join(message), capture_output=True, timeout=timeout, env=os.environ | options, check=False
+    )
+    outcome = Outcome(done.returncode, done.stderr.decode(errors="replace"), [], [])
+    if done.returncode:
+        return outcome
+    answer = memoryview(bytearray(done.stdout))
+    for _ in orders:
+        outcome.status.append(struct.unpack("q", answer[:8])[0])
+        answer = answer[8:]
+        results = {}
+        for name, tensor in tensors.items():
+            data = answer[shifts[name] : len(blobs[name])]
+            results[name] = (
+                torch.frombuffer(data, dtype=torch.uint8).clone().view(tensor.dtype).view(tensor.shape)
+                if len(data)
+                else tensor.clone()
+            )
+            answer = answer[len(blobs[name]) :]
+        outcome.runs.append(results)
+    return outcome
