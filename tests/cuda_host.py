@@ -6,6 +6,8 @@ sanitizer's report and the executor's own messages end that program and not the 
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -16,6 +18,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -166,6 +169,59 @@ def arguments(header: Path) -> dict[str, type[ctypes.Structure]]:
     return found
 
 
+OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:exitcode=98",
+    "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=98",
+    "TSAN_OPTIONS": "halt_on_error=1:exitcode=97:atexit_sleep_ms=0",
+}
+
+
+class _Started:
+    """A running program: ThreadSanitizer takes a millisecond to make a fiber, so it answers many messages."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=os.environ | OPTIONS
+        )
+
+    def ask(self, message: bytes, size: int, timeout: float) -> bytes | None:
+        """The answer of `size` bytes; None if the program ended instead. It is killed after `timeout` seconds."""
+        watch = threading.Timer(timeout, self.process.kill)
+        watch.start()
+        try:
+            self.process.stdin.write(message)
+            self.process.stdin.flush()
+            answer = self.process.stdout.read(size)
+        except BrokenPipeError:
+            answer = b""
+        finally:
+            watch.cancel()
+        return answer if len(answer) == size else None
+
+    def end(self) -> tuple[int, str]:
+        """Lets the program end; its exit code and stderr."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
+        code = self.process.wait()
+        with self.log:
+            self.log.seek(0)
+            return code, self.log.read().decode(errors="replace")
+
+
+_started: list[_Started] = []
+"""The program used last, if it still runs: at most one, they take memory."""
+
+
+def _end_last() -> tuple[int, str]:
+    return _started.pop().end() if _started else (0, "")
+
+
+atexit.register(_end_last)
+
+
 def _bytes(x: Tensor) -> bytes:
     return x.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
@@ -194,29 +250,57 @@ def run(
     message += [struct.pack("q", len(blob)) for blob in blobs.values()]
     message += [struct.pack("3q", getattr(kind, name).offset, i, shifts[name]) for i, name in enumerate(blobs)]
     message += [bytes(kind(**scalars)), *blobs.values()]
-    options = {
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:exitcode=98",
-        "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=98",
-        "TSAN_OPTIONS": "halt_on_error=1:exitcode=97:atexit_sleep_ms=0",
-    }
-    done = subprocess.run(
-        [path], input=b"".join(message), capture_output=True, timeout=timeout, env=os.environ | options, check=False
-    )
-    outcome = Outcome(done.returncode, done.stderr.decode(errors="replace"), [], [])
-    if done.returncode:
-        return outcome
-    answer = memoryview(bytearray(done.stdout))
+    if not _started or _started[0].path != path:
+        _end_last()
+        _started.append(_Started(path))
+    size = len(orders) * (8 + sum(map(len, blobs.values())))
+    answer = _started[0].ask(b"".join(message), size, timeout)
+    if answer is None:
+        code, text = _end_last()
+        return Outcome(code, text, [], [])
+    outcome = Outcome(0, "", [], [])
+    rest = memoryview(bytearray(answer))
     for _ in orders:
-        outcome.status.append(struct.unpack("q", answer[:8])[0])
-        answer = answer[8:]
-        results = {}
+        outcome.status.append(struct.unpack("q", rest[:8])[0])
+        rest = rest[8:]
+        outcome.runs.append({})
         for name, tensor in tensors.items():
-            data = answer[shifts[name] : len(blobs[name])]
-            results[name] = (
-                torch.frombuffer(data, dtype=torch.uint8).clone().view(tensor.dtype).view(tensor.shape)
-                if len(data)
-                else tensor.clone()
+            data = rest[shifts[name] : len(blobs[name])]
+            result = (
+                torch.frombuffer(data, dtype=torch.uint8).clone() if len(data) else torch.empty(0, dtype=torch.uint8)
             )
-            answer = answer[len(blobs[name]) :]
-        outcome.runs.append(results)
+            outcome.runs[-1][name] = result.view(tensor.dtype).view(tensor.shape)
+            rest = rest[len(blobs[name]) :]
     return outcome
+
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""Types of the kernels -> their codes in kernels.h."""
+
+
+def call(
+    source: str,
+    op: str,
+    values: Mapping[str, Tensor | float | None],
+    *,
+    kind: str = "plain",
+    orders: Sequence[tuple[int, int]] = ORDERS,
+    shift: Mapping[str, int] | None = None,
+) -> list[dict[str, Tensor]]:
+    """`run` of launcher `onemesh_cuda_<op>` in kernels/cuda/<source>, which must succeed, on its `<Op>Args`."""
+    struct = arguments(KERNELS / "kernels.h")["".join(word.title() for word in op.split("_")) + "Args"]
+    path = program(KERNELS / source, kind)
+    outcome = run(path, f"onemesh_cuda_{op}", struct, values, orders=orders, shift=shift)
+    assert outcome.code == 0 and not any(outcome.status), (outcome.code, outcome.status, outcome.text)
+    return outcome.runs
+
+
+def assert_as_plain(got: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """The error of `got` is at most twice that of the plain computation in the same dtype, plus one rounding.
+
+    `exact` is the same in float64. No value may be missing (NaN) or infinite where it isn't in `exact`.
+    """
+    assert got.dtype == plain.dtype and got.shape == exact.shape
+    error, allowed = (got.double() - exact).abs().max(), (plain.double() - exact).abs().max()
+    one_rounding = torch.finfo(got.dtype).eps * exact.abs().max()
+    assert error <= 2 * allowed + one_rounding, f"error {error:.3g}, plain {allowed:.3g}, rounding {one_rounding:.3g}"

@@ -1,4 +1,4 @@
-// Calls one kernel launcher as a message on stdin says, once per order of threads, and writes the buffers to stdout.
+// Calls kernel launchers as messages on stdin say, each once per order of threads, and writes the buffers to stdout.
 //
 // Message, integers of 64 bits: function's name (64 bytes), number of runs, buffers, pointers, size of the arguments; per
 // run order and seed; per buffer its size; per pointer its offset in the arguments, its buffer, its offset there; the
@@ -19,7 +19,7 @@ namespace {
 void read_all(void* to, size_t bytes) {
   for (char* p = static_cast<char*>(to); bytes;) {
     const ssize_t n = read(0, p, bytes);
-    if (n <= 0) exit(1);
+    if (n <= 0) exit(0);  // no more messages
     p += n;
     bytes -= size_t(n);
   }
@@ -49,9 +49,7 @@ struct Pointer {
   int64_t at, buffer, offset;
 };
 
-}  // namespace
-
-int main() {
+void answer() {
   char name[64];
   read_all(name, sizeof name);
   const auto counts = read_vector<int64_t>(4);
@@ -64,7 +62,7 @@ int main() {
   for (int64_t size : sizes) {
     contents.push_back(read_vector<char>(size));
     buffers.push_back(nullptr);
-    if (posix_memalign(&buffers.back(), 256, size)) return 1;
+    if (posix_memalign(&buffers.back(), 256, size)) exit(1);
   }
   for (const Pointer& p : pointers) {
     char* value = static_cast<char*>(buffers[p.buffer]) + p.offset;
@@ -73,7 +71,7 @@ int main() {
   auto function = reinterpret_cast<int (*)(const void*, void*)>(dlsym(RTLD_DEFAULT, name));
   if (!function) {
     fprintf(stderr, "no function %s\n", name);
-    return 1;
+    exit(1);
   }
   for (const Run& run : runs) {
     for (size_t i = 0; i < buffers.size(); ++i)
@@ -83,4 +81,11 @@ int main() {
     write_all(&status, sizeof status);
     for (size_t i = 0; i < buffers.size(); ++i) write_all(buffers[i], sizes[i]);
   }
+  for (void* buffer : buffers) free(buffer);
+}
+
+}  // namespace
+
+int main() {
+  for (;;) answer();
 }
