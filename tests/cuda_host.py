@@ -291,7 +291,7 @@ def call(
     struct = arguments(KERNELS / "kernels.h")["".join(word.title() for word in op.split("_")) + "Args"]
     path = program(KERNELS / source, kind)
     outcome = run(path, f"onemesh_cuda_{op}", struct, values, orders=orders, shift=shift)
-    assert outcome.code == 0 and not any(outcome.status), (outcome.code, outcome.status, outcome.text)
+    assert outcome.code == 0 and not any(outcome.status), (outcome.code, outcome.status, outcome.text[:4000])
     return outcome.runs
 
 

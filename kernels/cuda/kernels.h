@@ -46,8 +46,38 @@ struct RotaryArgs {
   int32_t dtype;
 };
 
+// Softmax attention of the chunks of one serving step over their pages; the score of key j for the query at position p is
+// softcap * tanh(scale q.k / softcap) (without a cap scale q.k) + slope (j - p), entries of a prefix without slope.
+//
+// Keys come in parts of 128 by absolute position, parts are merged in order, prefix first. A chunk of few queries is
+// split: its parts are computed by different warps, laid down in `partials` and merged by a second kernel. Another chunk's
+// are merged on the way. Both give the same bits, so that the caller may choose: every chunk is in one list.
+struct AttentionPagedArgs {
+  void* out;                // [T, N, H]
+  float* lse;               // [T, N]
+  const void* q;            // [T, N, H]
+  const void* key_cache;    // [P, S, K, H]
+  const void* value_cache;
+  const int64_t* chunks;        // [B, 4]: first query row, queries, keys without the prefix, prefix entries
+  const int64_t* block_table;   // [B, table_width]
+  const int64_t* prefix_table;  // [B, prefix_width]
+  const int32_t* head_starts;   // [K + 1]: where in `heads` the query heads of a kv head start
+  const int32_t* heads;         // [N]
+  const float* slopes;          // [N], ALiBi's, or null
+  const int64_t* whole;         // [num_whole, 2]: chunk, and which 64 of its pairs (query, head of a kv head's group)
+  const int64_t* split;         // [num_split, 3]: chunk of at most 16 such pairs, first of two parts, first row of partials
+  const int64_t* merges;        // [num_merges, 2]: split chunk, first row of partials
+  float* partials;              // [R, N, H] sums of values, then [R, N, 2] maximum and sum; part-major, R = parts x queries
+  int64_t partial_rows, num_whole, num_split, num_merges, max_split_queries;
+  int64_t table_width, prefix_width, num_heads, num_kv_heads, head_dim, page_size;
+  int64_t window;  // 0: none
+  float scale, softcap;  // softcap 0: none
+  int32_t dtype;
+};
+
 extern "C" {
 int onemesh_cuda_rms_norm(const RmsNormArgs* args, void* stream);
 int onemesh_cuda_gate(const GateArgs* args, void* stream);
 int onemesh_cuda_rotary(const RotaryArgs* args, void* stream);
+int onemesh_cuda_attention_paged(const AttentionPagedArgs* args, void* stream);
 }

@@ -127,7 +127,7 @@ void run_thread() {
 void prepare(unsigned number) {
   Thread& t = threads[number];  // field by field: TSan would note a memset, and kernels read what is here
   t.waiting = t.exited = false;
-  t.num_copies = t.groups = 0;
+  t.first_copy = t.num_copies = t.groups = 0;
   t.number = number;
   t.lane = number % 32;
   t.index = {number % block_dim.x, number / block_dim.x % block_dim.y, number / (block_dim.x * block_dim.y)};
@@ -322,16 +322,17 @@ void begin_copy(void* to, const void* from, int bytes, Site site) {
   if (uintptr_t(to) % 16 || uintptr_t(from) % 16) fail("%s at %s:%d: not on a 16-byte border", site.op, site.file, site.line);
   if (bytes < 0 || bytes > 16) fail("%s at %s:%d: %d bytes", site.op, site.file, site.line, bytes);
   if (me.num_copies == std::size(me.copies)) fail("more than %zu copies under way", std::size(me.copies));
-  me.copies[me.num_copies++] = {to, from, bytes, me.groups};
+  me.copies[(me.first_copy + me.num_copies++) % std::size(me.copies)] = {to, from, bytes, me.groups};
 }
 
 void commit_copies() { ++self->groups; }
 
 bool finish_copy(int pending, Copy* copy) {
   Thread& me = *self;
-  if (!me.num_copies || me.copies[0].group >= me.groups - pending) return false;
-  *copy = me.copies[0];
-  std::copy(me.copies + 1, me.copies + me.num_copies--, me.copies);
+  if (!me.num_copies || me.copies[me.first_copy].group >= me.groups - pending) return false;
+  *copy = me.copies[me.first_copy];
+  me.first_copy = (me.first_copy + 1) % int(std::size(me.copies));
+  --me.num_copies;
   return true;
 }
 

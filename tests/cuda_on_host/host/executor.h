@@ -51,8 +51,8 @@ struct Thread {
   unsigned mask;           // lanes it waits for; 0: the whole block
   int vote;
   Site site;
-  Copy copies[128];        // not a vector: ThreadSanitizer would follow its memory from block to block
-  int num_copies, groups;
+  Copy copies[128];        // a ring, not a vector: ThreadSanitizer would follow its memory from block to block
+  int first_copy, num_copies, groups;
   void* stack_pointer;
   void *asan, *tsan;
   char arrived, *released;  // addresses for ThreadSanitizer's happens-before
