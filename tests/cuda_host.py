@@ -33,7 +33,7 @@ KERNELS = ROOT / "kernels" / "cuda"
 HOST = ROOT / "tests" / "cuda_on_host" / "host"
 CACHE = ROOT / "build" / "cuda_on_host"
 
-WARNINGS = ("-Wall", "-Wno-unknown-pragmas")
+COMMON = ("-Wall", "-Wno-unknown-pragmas", "-fno-strict-aliasing")
 KINDS = {
     "plain": ("-O2",),
     "asan": ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
@@ -107,7 +107,7 @@ def program(source: Path, kind: str, text: str | None = None) -> Path:
     """The program of this .cu file and build; `text` stands for the file's own where a test changes it."""
     if shutil.which("g++") is None or platform.machine() != "x86_64":
         pytest.skip("the host executor needs g++ on x86-64")
-    flags = ["-std=c++17", "-march=native", *WARNINGS, *KINDS[kind]]
+    flags = ["-std=c++17", "-march=native", *COMMON, *KINDS[kind]]
     include = [f"-I{HOST}", f"-I{KERNELS}", f"-I{ROOT / 'kernels'}", f"-I{source.parent}"]
     common = [*flags, _processor(), *headers()]
 

@@ -16,41 +16,46 @@ constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 // One chunk's numbers. Its tiles in order: those of the prefix, then those of the document from `first_tile` on, at the
 // border of a part; no query sees a key before.
 struct Chunk {
-  int64_t first_row, queries, keys, prefix;
-  int64_t prefix_tiles, first_tile, num_tiles;
+  int64_t first_row;
+  int queries, keys, prefix;
+  int prefix_tiles, first_tile, num_tiles;
   const int64_t *table, *prefix_table;
 
   __device__ Chunk(const AttentionPagedArgs& a, int64_t b) {
     const int64_t* c = a.chunks + 4 * b;
-    first_row = c[0], queries = c[1], keys = c[2], prefix = c[3];
+    first_row = c[0], queries = int(c[1]), keys = int(c[2]), prefix = int(c[3]);
     table = a.block_table + b * a.table_width;
     prefix_table = a.prefix_table + b * a.prefix_width;
     // whole parts, so that a part is a multiple of PART_TILES in this numbering
     prefix_tiles = (prefix + TILE * PART_TILES - 1) / (TILE * PART_TILES) * PART_TILES;
-    const int64_t lowest = a.window ? keys - queries - a.window + 1 : 0;
+    const int lowest = a.window ? keys - queries - a.window + 1 : 0;
     first_tile = lowest > 0 ? lowest / (TILE * PART_TILES) * PART_TILES : 0;
     num_tiles = prefix_tiles + (keys + TILE - 1) / TILE - first_tile;
   }
-  __device__ int64_t position(int64_t query) const { return keys - queries + query; }
+  __device__ int position(int query) const { return keys - queries + query; }
 };
 
 // A tile's keys: positions first .. first + 31 of one of the two segments, those from `length` on absent.
 struct Tile {
   bool is_prefix;
-  int64_t first, length;
+  int first, length;
   const int64_t* table;
 
-  __device__ Tile(const Chunk& c, int64_t tile) {
+  __device__ Tile(const Chunk& c, int tile) {
     is_prefix = tile < c.prefix_tiles;
     first = (is_prefix ? tile : c.first_tile + tile - c.prefix_tiles) * TILE;
     length = is_prefix ? c.prefix : c.keys;
     table = is_prefix ? c.prefix_table : c.table;
   }
-  __device__ bool visible(int64_t key, int64_t position, int64_t window) const {
+  __device__ bool visible(int key, int position, int window) const {
     return key < length && (is_prefix || (key <= position && (!window || position - key < window)));
   }
+  // Whether all of its keys are.
+  __device__ bool all_visible(int position, int window) const {
+    return visible(first, position, window) && visible(first + TILE - 1, position, window);
+  }
   // Where key and value of a position lie, in elements; -1 for an absent one.
-  __device__ int64_t offset(const AttentionPagedArgs& a, int64_t key, int64_t kv_head) const {
+  __device__ int64_t offset(const AttentionPagedArgs& a, int key, int kv_head) const {
     if (key >= length) return -1;
     return ((table[key / a.page_size] * a.page_size + key % a.page_size) * a.num_kv_heads + kv_head) * a.head_dim;
   }
@@ -58,7 +63,7 @@ struct Tile {
 
 // The score of a product q.k in units of log 2; `distance` is key - position.
 __device__ __forceinline__ float score(const AttentionPagedArgs& a, float product, float slope, bool is_prefix,
-                                       int64_t distance) {
+                                       int distance) {
   float s = __fmul_rn(product, a.scale);
   if (a.softcap > 0) s = __fmul_rn(a.softcap, tanhf(s / a.softcap));
   if (!is_prefix) s = __fmaf_rn(slope, float(distance), s);

@@ -33,16 +33,15 @@ struct Shape {
 
 // A warp's 16 rows: two per thread, g and g + 8.
 struct Rows {
-  int64_t query[2], position[2];
-  int head[2];
+  int query[2], position[2], head[2];
   bool is_used[2];
   float slope[2];
 
-  __device__ Rows(const AttentionPagedArgs& a, const Chunk& c, int kv_head, int64_t first) {
+  __device__ Rows(const AttentionPagedArgs& a, const Chunk& c, int kv_head, int first) {
     const int start = a.head_starts[kv_head], group = a.head_starts[kv_head + 1] - start;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int64_t row = first + threadIdx.x % 32 / 4 + 8 * r;
+      const int row = first + threadIdx.x % 32 / 4 + 8 * r;
       is_used[r] = row < c.queries * group;
       query[r] = is_used[r] ? row / group : 0;
       head[r] = is_used[r] ? a.heads[start + row % group] : 0;
@@ -106,13 +105,14 @@ __device__ __forceinline__ void attend(const AttentionPagedArgs& a, const Tile& 
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float top = part.max[r];
+    const bool all_visible = rows.is_used[r] && tile.all_visible(rows.position[r], a.window);
 #pragma unroll
     for (int n = 0; n < TILE / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float& x = s[n][2 * r + i];
-        const int64_t key = tile.first + n * 8 + lane % 4 * 2 + i;
-        const bool visible = rows.is_used[r] && tile.visible(key, rows.position[r], a.window);
+        const int key = tile.first + n * 8 + lane % 4 * 2 + i;
+        const bool visible = all_visible || (rows.is_used[r] && tile.visible(key, rows.position[r], a.window));
         x = visible ? score(a, x, rows.slope[r], tile.is_prefix, key - rows.position[r]) : -INFINITY;
         top = fmaxf(top, x);
       }
@@ -176,14 +176,14 @@ __device__ __forceinline__ void load_queries(const AttentionPagedArgs& a, const 
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(SPLIT_WARPS * 32) split_mma(const AttentionPagedArgs a) {
+__global__ void __launch_bounds__(SPLIT_WARPS * 32, D == 64 ? 4 : 2) split_mma(const AttentionPagedArgs a) {
   DYN_SHARED(T, shared);
   const int64_t* item = a.split + 3 * blockIdx.x;
   const int warp = threadIdx.x / 32, kv_head = blockIdx.y;
   const Chunk c(a, item[0]);
-  const int64_t part_index = item[1] + warp, first = part_index * PART_TILES;
+  const int part_index = int(item[1]) + warp, first = part_index * PART_TILES;
   if (first >= c.num_tiles) return;  // warps meet nowhere
-  const int64_t end = min(first + PART_TILES, c.num_tiles);
+  const int end = min(first + PART_TILES, c.num_tiles);
   T* buffers = shared + warp * Shape<D>::BUFFERS;
   const Rows rows(a, c, kv_head, 0);
   unsigned q[D / 16][4];
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(SPLIT_WARPS * 32) split_mma(const AttentionPag
   part.clear();
   fetch<T, D, TILE>(a, Tile(c, first), kv_head, 0, buffers);
   ptx::cp_async_commit();
-  for (int64_t t = first; t < end; ++t) {
+  for (int t = first; t < end; ++t) {
     if (t + 1 < end) fetch<T, D, TILE>(a, Tile(c, t + 1), kv_head, 0, buffers + (t + 1) % 2 * Shape<D>::STAGE);
     ptx::cp_async_commit();
     ptx::cp_async_wait<1>();
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(SPLIT_WARPS * 32) split_mma(const AttentionPag
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(WHOLE_WARPS * 32) whole_mma(const AttentionPagedArgs a) {
+__global__ void __launch_bounds__(WHOLE_WARPS * 32, D == 64 ? 3 : 2) whole_mma(const AttentionPagedArgs a) {
   constexpr int THREADS = WHOLE_WARPS * 32, COPIED = TILE / WHOLE_WARPS;
   DYN_SHARED(T, buffers);
   float* totals = reinterpret_cast<float*>(buffers + Shape<D>::BUFFERS) + threadIdx.x;
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(WHOLE_WARPS * 32) whole_mma(const AttentionPag
   const int warp = threadIdx.x / 32, kv_head = blockIdx.y;
   const int group = a.head_starts[kv_head + 1] - a.head_starts[kv_head];
   const Chunk c(a, item[0]);
-  const int64_t first_row = item[1] * ROWS * WHOLE_WARPS, num_rows = c.queries * group;
+  const int first_row = int(item[1]) * ROWS * WHOLE_WARPS, num_rows = c.queries * group;
   if (first_row >= num_rows) return;  // a smaller group than others have
   const Rows rows(a, c, kv_head, first_row + warp * ROWS);
   unsigned q[D / 16][4];
@@ -233,11 +233,11 @@ __global__ void __launch_bounds__(WHOLE_WARPS * 32) whole_mma(const AttentionPag
 #pragma unroll
   for (int i = 0; i < D / 2; ++i) totals[i * THREADS] = 0.f;
   // The last tile that a row of this block sees; the first: keys before are seen by no row.
-  const int64_t last = c.position((min(first_row + ROWS * WHOLE_WARPS, num_rows) - 1) / group);
-  const int64_t end = c.prefix_tiles + last / TILE + 1 - c.first_tile;
+  const int last = c.position((min(first_row + ROWS * WHOLE_WARPS, num_rows) - 1) / group);
+  const int end = c.prefix_tiles + last / TILE + 1 - c.first_tile;
   fetch<T, D, COPIED>(a, Tile(c, 0), kv_head, warp * COPIED, buffers);
   ptx::cp_async_commit();
-  for (int64_t t = 0; t < end; ++t) {
+  for (int t = 0; t < end; ++t) {
     if (t + 1 < end)
       fetch<T, D, COPIED>(a, Tile(c, t + 1), kv_head, warp * COPIED, buffers + (t + 1) % 2 * Shape<D>::STAGE);
     ptx::cp_async_commit();

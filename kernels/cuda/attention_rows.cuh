@@ -12,6 +12,7 @@ template <class T, bool WHOLE>
 __device__ __forceinline__ float dot(const float* q, const T* key, int head_dim) {
   constexpr int N = Vec<T>::N;
   float sum = 0;
+#pragma unroll 4
   for (int i = 0; i < head_dim; i += N) {
     float x[N];
     load<WHOLE>(key + i, head_dim - i, x);
@@ -29,9 +30,8 @@ struct Running {
 // Adds a tile's keys to the running softmax of the warp's row; `sum` stays the lane's own share.
 template <class T, bool WHOLE>
 __device__ __forceinline__ void attend(const AttentionPagedArgs& a, const Tile& tile, const float* q, int kv_head,
-                                       int64_t position, float slope, Running& run) {
-  const int lane = threadIdx.x % 32, head_dim = int(a.head_dim);
-  const int64_t key = tile.first + lane;
+                                       int position, float slope, Running& run) {
+  const int lane = threadIdx.x % 32, head_dim = a.head_dim, key = tile.first + lane;
   const bool visible = tile.visible(key, position, a.window);
   const unsigned any = __ballot_sync(ALL_LANES, visible);
   if (!any) return;
@@ -50,6 +50,7 @@ __device__ __forceinline__ void attend(const AttentionPagedArgs& a, const Tile& 
   run.sum = __fadd_rn(__fmul_rn(run.sum, keep), p);
 #pragma unroll
   for (int i = 0; i < PER_LANE; ++i) run.values[i] = __fmul_rn(run.values[i], keep);
+#pragma unroll 4
   for (int j = 0; j < TILE; ++j) {
     if (!(any >> j & 1)) continue;
     const float w = __shfl_sync(ALL_LANES, p, j);
@@ -62,30 +63,29 @@ __device__ __forceinline__ void attend(const AttentionPagedArgs& a, const Tile& 
 
 // SPLIT: warp w computes part item[1] + w of all rows of the chunk. Else: each of the block's rows from end to end.
 template <class T, bool WHOLE, bool SPLIT>
-__global__ void __launch_bounds__(ROW_WARPS * 32) attend_rows(const AttentionPagedArgs a) {
+__global__ void __launch_bounds__(ROW_WARPS * 32, 4) attend_rows(const AttentionPagedArgs a) {
   SHARED(float, queries, ROW_WARPS * MAX_HEAD_DIM);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, kv_head = blockIdx.y, head_dim = int(a.head_dim);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, kv_head = blockIdx.y, head_dim = a.head_dim;
   const int64_t* item = SPLIT ? a.split + 3 * blockIdx.x : a.whole + 2 * blockIdx.x;
   const int start = a.head_starts[kv_head], group = a.head_starts[kv_head + 1] - start;
   const Chunk c(a, item[0]);
-  const int64_t part = SPLIT ? item[1] + warp % 2 : 0;  // two parts an item, two warps a part
+  const int part = SPLIT ? int(item[1]) + warp % 2 : 0;  // two parts an item, two warps a part
   if (SPLIT && part * PART_TILES >= c.num_tiles) return;
-  const int64_t first_row = SPLIT ? 0 : item[1] * ROWS_PER_BLOCK;
-  const int64_t end_row = min(first_row + ROWS_PER_BLOCK, c.queries * group);
+  const int first_row = SPLIT ? 0 : int(item[1]) * ROWS_PER_BLOCK;
+  const int end_row = min(first_row + ROWS_PER_BLOCK, c.queries * group);
   const int step = SPLIT ? ROW_WARPS / 2 : ROW_WARPS;
   float* q = queries + warp * MAX_HEAD_DIM;
-  for (int64_t row = first_row + (SPLIT ? warp / 2 : warp); row < end_row; row += step) {
-    const int64_t query = row / group, position = c.position(query);
-    const int head = a.heads[start + row % group];
+  for (int row = first_row + (SPLIT ? warp / 2 : warp); row < end_row; row += step) {
+    const int query = row / group, position = c.position(query), head = a.heads[start + row % group];
     const int64_t pair = (c.first_row + query) * a.num_heads + head;
     const float slope = a.slopes ? a.slopes[head] : 0.f;
     for (int i = lane; i < head_dim; i += 32) q[i] = to_float(static_cast<const T*>(a.q)[pair * head_dim + i]);
     __syncwarp();
-    const int64_t first = part * PART_TILES;
-    const int64_t end = SPLIT ? min(first + PART_TILES, c.num_tiles)
-                              : c.prefix_tiles + position / TILE + 1 - c.first_tile;
+    const int first = part * PART_TILES;
+    const int end = SPLIT ? min(first + PART_TILES, c.num_tiles)
+                          : c.prefix_tiles + position / TILE + 1 - c.first_tile;
     Running total, run;
-    for (int64_t t = first; t < end; ++t) {
+    for (int t = first; t < end; ++t) {
       attend<T, WHOLE>(a, Tile(c, t), q, kv_head, position, slope, run);
       if (t % PART_TILES != PART_TILES - 1 && t + 1 != end) continue;
       run.sum = warp_sum(run.sum);
@@ -116,15 +116,15 @@ __global__ void __launch_bounds__(ROW_WARPS * 32) attend_rows(const AttentionPag
 // One warp per pair (query, head) of a split chunk: its parts in order.
 template <class T>
 __global__ void __launch_bounds__(ROW_WARPS * 32) merge_parts(const AttentionPagedArgs a) {
-  const int lane = threadIdx.x % 32, head_dim = int(a.head_dim);
+  const int lane = threadIdx.x % 32, head_dim = a.head_dim;
   const int64_t* item = a.merges + 2 * blockIdx.x;
   const Chunk c(a, item[0]);
-  const int64_t row = int64_t(blockIdx.y) * ROW_WARPS + threadIdx.x / 32;
-  const int64_t query = row / a.num_heads, head = row % a.num_heads;
+  const int row = blockIdx.y * ROW_WARPS + threadIdx.x / 32, num_heads = int(a.num_heads);
+  const int query = row / num_heads, head = row % num_heads;
   if (query >= c.queries) return;
-  const int64_t parts = (c.num_tiles + PART_TILES - 1) / PART_TILES;
+  const int parts = (c.num_tiles + PART_TILES - 1) / PART_TILES;
   Running total;
-  for (int64_t p = 0; p < parts; ++p) {
+  for (int p = 0; p < parts; ++p) {
     const Partials from(a, item[1] + p * c.queries + query, head);
     float keep, add;
     merge(total.max, total.sum, from.stats[0], from.stats[1], keep, add);

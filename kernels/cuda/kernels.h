@@ -69,8 +69,9 @@ struct AttentionPagedArgs {
   const int64_t* merges;        // [num_merges, 2]: split chunk, first row of partials
   float* partials;              // [R, N, H] sums of values, then [R, N, 2] maximum and sum; part-major, R = parts x queries
   int64_t partial_rows, num_whole, num_split, num_merges, max_split_queries;
-  int64_t table_width, prefix_width, num_heads, num_kv_heads, head_dim, page_size;
-  int64_t window;  // 0: none
+  int64_t table_width, prefix_width, num_heads, num_kv_heads;
+  int32_t head_dim, page_size;
+  int32_t window;        // 0: none
   float scale, softcap;  // softcap 0: none
   int32_t dtype;
 };

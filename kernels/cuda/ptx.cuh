@@ -48,6 +48,13 @@ __device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&r)[4], const void* 
                : "memory");
 }
 
+// Stores 16 bytes to global memory at once, on a 16-byte border: left to itself nvcc takes some vector stores apart.
+__device__ __forceinline__ void store16(void* to, const unsigned (&words)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(__cvta_generic_to_global(to)), "r"(words[0]),
+               "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
 // Copies 16 bytes from global to shared memory while the thread goes on; of them the last 16 - `bytes` become zero.
 // Both addresses on a 16-byte border. Nobody may read the destination before its group was waited for.
 __device__ __forceinline__ void cp_async16(void* to, const void* from, int bytes) {

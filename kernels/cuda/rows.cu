@@ -91,12 +91,16 @@ __global__ void __launch_bounds__(THREADS) rotary(const RotaryArgs a, unsigned p
   load<WHOLE>(from + half, count, y);
   if (turn) {
     const float *cos = a.cos + row * a.head_dim + i, *sin = a.sin + row * a.head_dim + i;
+    float c[N], s[N], c2[N], s2[N];  // of the two halves
+    load<WHOLE>(cos, count, c);
+    load<WHOLE>(sin, count, s);
+    load<WHOLE>(cos + half, count, c2);
+    load<WHOLE>(sin + half, count, s2);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      if (!WHOLE && j >= count) break;
       const float first = x[j], second = y[j];
-      x[j] = first * cos[j] - second * sin[j];
-      y[j] = second * cos[half + j] + first * sin[half + j];
+      x[j] = first * c[j] - second * s[j];
+      y[j] = second * c2[j] + first * s2[j];
     }
   }
   store<WHOLE>(to, count, x);
@@ -127,7 +131,7 @@ int launch_gate(const GateArgs& a, cudaStream_t stream) {
 template <class T>
 int launch_rotary(const RotaryArgs& a, cudaStream_t stream) {
   const int64_t half = a.head_dim / 2;
-  bool whole = half % Vec<T>::N == 0;
+  bool whole = half % Vec<T>::N == 0 && on_borders(a.cos, 0) && on_borders(a.sin, 0);
   if (a.num_heads)
     whole = whole && on_borders(static_cast<const T*>(a.q), a.q_stride) && on_borders(static_cast<const T*>(a.q_out), 0);
   if (a.num_kv_heads)

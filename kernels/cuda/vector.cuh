@@ -5,9 +5,11 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "kernels.h"
 #include "launch.cuh"
+#include "ptx.cuh"
 
 namespace {
 
@@ -39,15 +41,22 @@ struct alignas(16) Vec {
   T x[N];
 };
 
-// Elements p[0 .. count - 1], the rest 0; in one load when `WHOLE`: then p is on a 16-byte border, count at least Vec::N.
-template <bool WHOLE, class T>
-__device__ __forceinline__ void load(const T* p, int64_t count, float (&x)[Vec<T>::N]) {
-  Vec<T> v;
-  if constexpr (WHOLE) v = *reinterpret_cast<const Vec<T>*>(p);
+// Elements p[0 .. count - 1], the rest 0; sixteen bytes a load when `WHOLE`: then p is on a 16-byte border, count at
+// least N. N is a multiple of Vec::N.
+template <bool WHOLE, class T, int N>
+__device__ __forceinline__ void load(const T* p, int64_t count, float (&x)[N]) {
 #pragma unroll
-  for (int i = 0; i < Vec<T>::N; ++i) {
-    if constexpr (WHOLE) x[i] = to_float(v.x[i]);
-    else x[i] = i < count ? to_float(p[i]) : 0.f;
+  for (int i = 0; i < N; i += Vec<T>::N) {
+    Vec<T> v;
+    if constexpr (WHOLE) {
+      const uint4 bytes = *reinterpret_cast<const uint4*>(p + i);
+      memcpy(&v, &bytes, sizeof v);
+    }
+#pragma unroll
+    for (int j = 0; j < Vec<T>::N; ++j) {
+      if constexpr (WHOLE) x[i + j] = to_float(v.x[j]);
+      else x[i + j] = i + j < count ? to_float(p[i + j]) : 0.f;
+    }
   }
 }
 
@@ -59,7 +68,11 @@ __device__ __forceinline__ void store(T* p, int64_t count, const float (&x)[Vec<
     if constexpr (WHOLE) v.x[i] = from_float<T>(x[i]);
     else if (i < count) p[i] = from_float<T>(x[i]);
   }
-  if constexpr (WHOLE) *reinterpret_cast<Vec<T>*>(p) = v;
+  if constexpr (WHOLE) {
+    unsigned words[4];
+    memcpy(words, &v, sizeof v);
+    ptx::store16(p, words);
+  }
 }
 
 // Whether rows that start at p and follow by `stride` elements are all on 16-byte borders.

@@ -71,6 +71,10 @@ inline void ldmatrix_x4_trans(unsigned (&r)[4], const void* row, EXECUTOR_SITE) 
   ldmatrix<true>(r, row, {"ldmatrix.x4.trans", file_, line_});
 }
 
+inline void store16(void* to, const unsigned (&words)[4]) {
+  *static_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
+}
+
 // The hardware may write the destination at any moment between issue and wait. Here it is NaN until the wait, the
 // latest moment, where the source is read too: whoever looks or changes something earlier shows.
 inline void cp_async16(void* to, const void* from, int bytes, EXECUTOR_SITE) {
