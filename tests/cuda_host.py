@@ -98,50 +98,41 @@ def compile_with(command: Sequence[str]) -> None:
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
 
 
-def headers() -> list[Path]:
-    """All that a kernel may include."""
-    return sorted([*KERNELS.glob("*.cuh"), *KERNELS.glob("*.h"), *HOST.glob("*.h")])
+def headers(folder: Path = KERNELS) -> list[Path]:
+    """All that a kernel in this folder may include."""
+    return sorted(h for place in {folder, KERNELS, HOST} for pattern in ("*.cuh", "*.h") for h in place.glob(pattern))
 
 
-def program(source: Path, kind: str, text: str | None = None) -> Path:
-    """The program of this .cu file and build; `text` stands for the file's own where a test changes it."""
+def program(source: Path, kind: str) -> Path:
+    """The program of a .cu file and build, made if need be; headers beside the file come before those of the kernels."""
     if shutil.which("g++") is None or platform.machine() != "x86_64":
         pytest.skip("the host executor needs g++ on x86-64")
     flags = ["-std=c++17", "-march=native", *COMMON, *KINDS[kind]]
-    include = [f"-I{HOST}", f"-I{KERNELS}", f"-I{ROOT / 'kernels'}", f"-I{source.parent}"]
-    common = [*flags, _processor(), *headers()]
+    include = [f"-I{folder}" for folder in (source.parent, KERNELS, HOST)]
 
     def compile_host(name: str) -> Path:
         own = [f for f in flags if f != "-fsanitize=thread"] + (["-DEXECUTOR_TSAN"] if kind == "tsan" else [])
-        path = CACHE / f"{Path(name).stem}-{kind}-{digest([*common, HOST / name])}.o"
+        path = CACHE / f"{Path(name).stem}-{kind}-{digest([*own, _processor(), *headers(HOST), HOST / name])}.o"
         return once(path, lambda to: compile_with(["g++", *own, "-c", str(HOST / name), "-o", str(to)]))
 
     def link(to: Path) -> None:
-        code = to.with_suffix(".cu")
-        code.write_text(f'#line 1 "{source}"\n{source.read_text() if text is None else text}')
         objects = [str(compile_host("executor.cpp")), str(compile_host("driver.cpp"))]
-        compile_with(
-            [
-                "g++",
-                *flags,
-                *include,
-                "-x",
-                "c++",
-                str(code),
-                "-x",
-                "none",
-                *objects,
-                "-rdynamic",
-                "-ldl",
-                "-o",
-                str(to),
-            ]
-        )
+        end = ["-x", "none", *objects, "-rdynamic", "-ldl", "-o", str(to)]
+        compile_with(["g++", *flags, *include, "-x", "c++", str(source), *end])
 
-    own = source if text is None else text
-    return once(
-        CACHE / f"{source.stem}-{kind}-{digest([*common, HOST / 'executor.cpp', HOST / 'driver.cpp', own])}", link
-    )
+    parts = [*flags, _processor(), *headers(source.parent), HOST / "executor.cpp", HOST / "driver.cpp", source]
+    return once(CACHE / f"{source.stem}-{kind}-{digest(parts)}", link)
+
+
+def mutant(folder: Path, source: str, changed: str, old: str, new: str) -> Path:
+    """A copy of kernels/cuda/<source> and its headers where `old`, which stands once in file `changed`, is `new`."""
+    for path in (KERNELS / source, *headers()):
+        if path.parent == KERNELS:
+            shutil.copy(path, folder / path.name)
+    text = (KERNELS / changed).read_text()
+    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {changed}"
+    (folder / changed).write_text(text.replace(old, new))
+    return folder / source
 
 
 def build(*wanted: tuple[Path, str]) -> None:
@@ -279,7 +270,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def call(
-    source: str,
+    source: str | Path,
     op: str,
     values: Mapping[str, Tensor | float | None],
     *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.cuda_layout import SPLIT_PAIRS, CudaLayout, heads_of
 from kernels.reference import check_kv_index, merge_attention, working_dtype
-from tests.cuda_host import DTYPES, FORWARD, KERNELS, KINDS, ORDERS, assert_as_plain, build, call, seeded
+from tests.cuda_host import DTYPES, FORWARD, KERNELS, KINDS, ORDERS, assert_as_plain, build, call, mutant, seeded
 
 SOURCE = "attention_paged.cu"
 CPU = torch.device("cpu")
@@ -251,3 +252,34 @@ def test_sanitizers(kind):
 def test_shapes_that_no_kernel_takes():
     with pytest.raises(AssertionError, match=r"\[1\]"):
         attend(Case(chunks=SMALL, head_dim=257))
+
+
+MMA, SHARED = "attention_mma.cuh", "attention.cuh"
+MUTANTS = {
+    "a buffer is filled while others read": (MMA, "    __syncthreads();  // before this buffer is filled again\n", ""),
+    "a tile is used before it is there": (
+        MMA,
+        "    ptx::cp_async_wait<1>();\n    __syncthreads();",
+        "    ptx::cp_async_wait<2>();\n    __syncthreads();",
+    ),
+    "a position too many": (SHARED, "if (key >= length) return -1;", "if (key > length) return -1;"),
+    "parts that start where a chunk does": (
+        MMA,
+        "if (t % PART_TILES != PART_TILES - 1 &&",
+        "if (t % PART_TILES != 0 &&",
+    ),
+}
+"""Line -> what stands there instead: parity, sanitizers or row-invariance must notice."""
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_noticed(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "SOURCE", mutant(tmp_path, "attention_paged.cu", *MUTANTS[name]))
+    case = replace(CASES["ragged"], chunks=[(2, 200, 0), (60, 150, 0), (30, 47, 3)])
+
+    def verify() -> None:
+        check(case, orders=ORDERS[:3])
+        assert attend(case)[0].equal(attend(replace(case, split_pairs=0))[0])
+
+    with pytest.raises(AssertionError):
+        verify()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
-from tests.cuda_host import DTYPES, FORWARD, KERNELS, KINDS, ORDERS, assert_as_plain, build, call
+from tests.cuda_host import DTYPES, FORWARD, KERNELS, KINDS, ORDERS, assert_as_plain, build, call, mutant
 
 SOURCE = "rows.cu"
 Spec = Callable[..., Tensor]
@@ -149,3 +150,18 @@ def test_what_no_kernel_takes_is_an_error():
     values = {"x": x, "out": x, "weight": x[0], "rows": 1, "width": 4, "dtype": 3}
     with pytest.raises(AssertionError, match=r"\(0, \[1\]"):
         call(SOURCE, "rms_norm", values, orders=[FORWARD])
+
+
+MUTANTS = {
+    "a row's sum isn't waited for": ("vector.cuh", "  __syncthreads();\n  float total", "  float total"),
+    "odd widths run over": ("vector.cuh", "else if (i < count) p[i]", "else p[i]"),
+    "the tail isn't zero": ("vector.cuh", "i + j < count ? to_float(p[i + j]) : 0.f", "to_float(p[i + j])"),
+}
+"""Line -> what is left of it: each loss must show somewhere in these cases, or the cases don't test it."""
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_noticed(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "SOURCE", mutant(tmp_path, "rows.cu", *MUTANTS[name]))
+    with pytest.raises(AssertionError):
+        assert [norm_case(3, width, torch.float32, "asan") for width in (300, 7)]

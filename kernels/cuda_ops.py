@@ -1,0 +1,174 @@
+"""The CUDA backend: ops of `kernels.reference` for float32, float16 and bfloat16 on NVIDIA GPUs.
+
+`kernels/cuda/` has the sources, `ONEMESH_CUDA=1 make install` builds them. No GPU has run them: `docs/cuda.md` says
+what is known. Where the library isn't built, `load` returns False and the reference does the work. Linears, the embedding,
+log-softmax and the attention of training are torch's (or flash-attn's): linears aren't row-invariant on GPUs yet.
+"""
+
+import functools
+import importlib
+import importlib.util
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels import autograd, reference
+from kernels.cuda_layout import CudaLayout, heads_of
+
+LIBRARY = Path(__file__).with_name("_cuda.so")
+SILU, GELU_TANH = 0, 1
+"""Codes of activations (`kernels/cuda/kernels.h`)."""
+
+
+def load() -> bool:
+    """Loads the library; False if it isn't built.
+
+    Raises:
+        RuntimeError: it is built, but doesn't load: for another torch.
+    """
+    if not LIBRARY.is_file():
+        return False
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        raise RuntimeError(
+            f"{LIBRARY} doesn't load ({error}); build it again: ONEMESH_CUDA=1 make clean install"
+        ) from None
+    return True
+
+
+def rms_norm(x_TD: Tensor, w_D: Tensor, eps: float) -> Tensor:
+    """`reference.rms_norm`, row-invariant, with a lean backward."""
+    if not torch.is_grad_enabled():
+        return _rms_norm(x_TD, w_D, eps)
+    return autograd.RmsNorm.apply(x_TD, w_D, eps, _rms_norm)
+
+
+def _rms_norm(x_TD: Tensor, w_D: Tensor, eps: float) -> Tensor:
+    return torch.ops.onemesh_cuda.rms_norm(x_TD.contiguous(), w_D.contiguous(), eps)
+
+
+def rotary(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+    """`reference.rotary`, row-invariant, with a lean backward."""
+    if not torch.is_grad_enabled():
+        return _rotary(x_TNH, cos_TH, sin_TH)
+    return autograd.Rotary.apply(x_TNH, cos_TH, sin_TH, _rotary)
+
+
+def _rotary(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+    return torch.ops.onemesh_cuda.rotary(x_TNH.contiguous(), cos_TH.contiguous(), sin_TH.contiguous())
+
+
+def silu_gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    """`reference.silu_gate`, row-invariant, with a lean backward."""
+    if not torch.is_grad_enabled():
+        return _silu_gate(gate_TF, up_TF)
+    return autograd.SiluGate.apply(gate_TF, up_TF, _silu_gate)
+
+
+def _silu_gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    return torch.ops.onemesh_cuda.gate(gate_TF.contiguous(), up_TF.contiguous(), SILU)
+
+
+def write_pages(
+    key_cache_PSKH: Tensor, value_cache_PSKH: Tensor, k_TKH: Tensor, v_TKH: Tensor, slots_T: Tensor
+) -> None:
+    """`reference.write_pages`; the caches have the dtype of k and v."""
+    torch.ops.onemesh_cuda.write_pages(
+        key_cache_PSKH, value_cache_PSKH, k_TKH.contiguous(), v_TKH.contiguous(), slots_T.contiguous()
+    )
+
+
+def attention_paged(
+    q_TNH: Tensor,
+    key_cache_PSKH: Tensor,
+    value_cache_PSKH: Tensor,
+    layout: CudaLayout,
+    *,
+    kv_index: Sequence[int] | None = None,
+    window: int | None = None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`reference.attention_paged`, row-invariant; needs a `CudaLayout`. Not differentiable.
+
+    Pages are int64 on the device and aren't looked at here: they have to exist.
+    """
+    reference.check_attention(q_TNH, key_cache_PSKH, value_cache_PSKH)
+    if not isinstance(layout, CudaLayout):
+        raise ValueError(f"layout must come from this backend's paged_layout, got {type(layout).__name__}")
+    layout.check(q_TNH, key_cache_PSKH)
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} must be at least 1, or None")
+    if torch.is_grad_enabled() and q_TNH.requires_grad:
+        raise ValueError("attention_paged has no gradients; use attention_varlen for training")
+    index = reference.check_kv_index(q_TNH.shape[1], key_cache_PSKH.shape[2], kv_index)
+    heads = heads_of(index, key_cache_PSKH.shape[2], q_TNH.device)
+    work = layout.work(window or 0, heads.group)
+    return torch.ops.onemesh_cuda.attention_paged(
+        q_TNH.contiguous(),
+        key_cache_PSKH,
+        value_cache_PSKH,
+        layout.chunks,
+        layout.block_table_BM.contiguous(),
+        layout.prefix_table_BM.contiguous(),
+        heads.starts,
+        heads.order,
+        None,
+        work.whole,
+        work.split,
+        work.merges,
+        work.partial_rows,
+        work.max_split_queries,
+        window or 0,
+        scale,
+        0.0,
+    )
+
+
+@functools.cache
+def _has_flash_attn() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def attention_varlen(
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    cu_seqlens_B1: Sequence[int] | Tensor,
+    *,
+    kv_index: Sequence[int] | None = None,
+    window: int | None = None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`reference.attention_varlen`; by flash-attn where it is installed and can.
+
+    It can in 16 bits, with heads shared evenly, and without gradients: it has none for lse.
+    """
+    heads = reference.check_kv_index(q_TNH.shape[1], k_TKH.shape[1], kv_index)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q_TNH, k_TKH, v_TKH))
+    is_even = autograd.even_group(heads, k_TKH.shape[1]) is not None
+    if not _has_flash_attn() or needs_grad or not is_even or q_TNH.dtype not in (torch.float16, torch.bfloat16):
+        return reference.attention_varlen(
+            q_TNH, k_TKH, v_TKH, cu_seqlens_B1, kv_index=kv_index, window=window, scale=scale
+        )
+    reference.check_attention(q_TNH, k_TKH, v_TKH)
+    bounds = reference.check_bounds(cu_seqlens_B1, q_TNH.shape[0])
+    longest = max((stop - start for start, stop in itertools.pairwise(bounds)), default=0)
+    starts = torch.tensor(bounds, dtype=torch.int32, device=q_TNH.device)
+    out_TNH, lse_NT, *_ = importlib.import_module("flash_attn").flash_attn_varlen_func(
+        q_TNH,
+        k_TKH,
+        v_TKH,
+        cu_seqlens_q=starts,
+        cu_seqlens_k=starts,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        softmax_scale=scale,
+        causal=True,
+        window_size=(-1 if window is None else window - 1, 0),
+        return_attn_probs=True,  # what makes it return lse
+    )
+    return out_TNH, lse_NT.transpose(0, 1)
