@@ -1,8 +1,8 @@
 """The CUDA backend: ops of `kernels.reference` for float32, float16 and bfloat16 on NVIDIA GPUs.
 
 `kernels/cuda/` has the sources, `ONEMESH_CUDA=1 make install` builds them. No GPU has run them: `docs/cuda.md` says
-what is known. Where the library isn't built, `load` returns False and the reference does the work. Linears, the embedding,
-log-softmax and the attention of training are torch's (or flash-attn's): linears aren't row-invariant on GPUs yet.
+what is known. Where the library isn't built, `load` returns False and the reference does the work. Linears, the
+embedding, log-softmax and the attention of training are torch's (or flash-attn's); its linears aren't row-invariant.
 """
 
 import functools

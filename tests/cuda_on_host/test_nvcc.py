@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kernels import cuda_roofline
 from tests.cuda_cubins import ARCHITECTURES, CLAIMS, Cubin, claim_for, cubins, every_cubin, release, table, warps_per_sm
 from tests.cuda_host import KERNELS, ROOT
 
@@ -69,3 +70,7 @@ def test_no_source_knows_torch(source: Path):
         assert not re.search(r"#include.*(torch|ATen|c10)", text), path
         assert path.name == "ptx.cuh" or "asm" not in text, path
         assert path.name == "launch.cuh" or not re.search(r"<<<|__shared__", text), path
+
+
+def test_the_roofline_page_is_that_of_the_model():
+    assert (ROOT / "docs" / "benchmarks" / "cuda_roofline.md").read_text() == cuda_roofline.page()
