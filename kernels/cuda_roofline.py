@@ -135,7 +135,7 @@ def page() -> str:
     lines = [
         "# A roofline model of the CUDA kernels",
         "",
-        "Written by `python -m kernels.cuda_roofline docs/benchmarks/cuda_roofline.md`. **A model, not a measurement**:",
+        "**A model, not a measurement**, by `python -m kernels.cuda_roofline docs/benchmarks/cuda_roofline.md`:",
         "no GPU has run these kernels, and no speed follows from this page. In bfloat16:",
         "",
         "- bytes: what has to pass between memory and the SMs at least; keys and values once per chunk, although every",

@@ -161,6 +161,22 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for name, case in cases.items():
             low = lambda t: t.to(dtype)
             assert_as_plain(case(CUDA, low), case(REFERENCE, low), case(REFERENCE, torch.Tensor.double))
+    fused = torch.ops.onemesh_cuda
+    with torch.no_grad():
+        a, b, w = x.to(dtype), y.to(dtype), y[0].to(dtype)
+        out, total = fused.add_rms_norm(a, b, w, 1e-5)
+        assert total.equal(a + b) and out.equal(CUDA.rms_norm(a + b, w, 1e-5))
+        cos, sin, rows, slots = angle.cos(), angle.sin(), q.to(dtype), torch.arange(60).flip(0)
+        keys, values = torch.zeros(2, 4, 16, 5, 64, dtype=dtype)
+        turned = fused.rotary_write(rows, rows * 2, rows * 3, cos, sin, keys, values, slots)
+        assert turned.equal(CUDA.rotary(rows, cos, sin)) and values.flatten(0, 1)[slots].equal(rows * 3)
+        assert keys.flatten(0, 1)[slots].equal(CUDA.rotary(rows * 2, cos, sin))
+        for none in (torch.zeros(0, 8), torch.zeros(3, 0)):
+            none = none.to(dtype)
+            assert CUDA.silu_gate(none, none).shape == CUDA.rms_norm(none, none.new_zeros(none.shape[1]), 1e-5).shape == none.shape
+        assert CUDA.rotary(rows[:0], cos[:0], sin[:0]).shape == (0, 5, 64)
+        out, lse = CUDA.attention_paged(rows[:0], keys, values, CUDA.paged_layout([], [], [], page_size=16), scale=1.0)
+        assert out.shape == (0, 5, 64) and lse.shape == (0, 5)
 bad = draw(0, 3, 4)
 for name, call in dict(
     weight=lambda: CUDA.rms_norm(bad, bad[0, :3], 1e-5), up=lambda: CUDA.silu_gate(bad, bad[:2]),
