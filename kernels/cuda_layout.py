@@ -65,31 +65,50 @@ class CudaLayout(PagedLayout):
         """
         key = (window, group, split_pairs)
         if key not in self._made:
-            self._made[key] = self._make(*key)
+            self._made[key] = _plan(self._numbers, *key, self.block_table_BM.device)
         return self._made[key]
 
-    def _make(self, window: int, group: int, split_pairs: int) -> Work:
-        whole, split, merges, row, longest = [], [], [], 0, 0
-        for b, (_, queries, keys, prefix) in enumerate(self._numbers):
-            pairs = queries * group
-            if pairs > split_pairs:
-                whole += [(keys, b, tile) for tile in range(-(-pairs // WHOLE_PAIRS))]
-                continue
-            lowest = max(keys - queries - window + 1, 0) if window else 0
-            parts = -(-prefix // PART) + -(-keys // PART) - lowest // PART
-            split += [(b, part, row) for part in range(0, parts, PARTS_PER_ITEM)]
-            merges.append((b, row))
-            row += parts * queries
-            longest = max(longest, queries)
-        whole.sort(key=lambda item: (-item[0], item[1], -item[2]))
-        device = self.block_table_BM.device
-        return Work(
-            whole=_integers([item[1:] for item in whole], 2, device),
-            split=_integers(split, 3, device),
-            merges=_integers(merges, 2, device),
-            partial_rows=row,
-            max_split_queries=longest,
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class Documents:
+    """Packed documents as chunks that are all whole."""
+
+    chunks: Tensor
+    """int64 [B, 4]: first row, queries, keys, 0."""
+    whole: Tensor
+    """As in `Work`."""
+
+
+@functools.lru_cache(maxsize=16)  # the layers of a step, and its microbatches
+def documents(bounds: tuple[int, ...], window: int, group: int, device: torch.device) -> Documents:
+    """From `0 = c_0 <= c_1 <= ... <= c_B = T`."""
+    numbers = [(start, stop - start, stop - start, 0) for start, stop in itertools.pairwise(bounds)]
+    work = _plan(numbers, window, group, 0, device)
+    return Documents(chunks=_integers(numbers, 4, device), whole=work.whole)
+
+
+def _plan(numbers: Sequence[tuple[int, ...]], window: int, group: int, split_pairs: int, device: torch.device) -> Work:
+    """The lists for chunks (first row, queries, keys, prefix entries)."""
+    whole, split, merges, row, longest = [], [], [], 0, 0
+    for b, (_, queries, keys, prefix) in enumerate(numbers):
+        pairs = queries * group
+        if pairs == 0 or pairs > split_pairs:
+            whole += [(keys, b, tile) for tile in range(-(-pairs // WHOLE_PAIRS))]
+            continue
+        lowest = max(keys - queries - window + 1, 0) if window else 0
+        parts = -(-prefix // PART) + -(-keys // PART) - lowest // PART
+        split += [(b, part, row) for part in range(0, parts, PARTS_PER_ITEM)]
+        merges.append((b, row))
+        row += parts * queries
+        longest = max(longest, queries)
+    whole.sort(key=lambda item: (-item[0], item[1], -item[2]))
+    return Work(
+        whole=_integers([item[1:] for item in whole], 2, device),
+        split=_integers(split, 3, device),
+        merges=_integers(merges, 2, device),
+        partial_rows=row,
+        max_split_queries=longest,
+    )
 
 
 def _integers(rows: Sequence[tuple[int, ...]], width: int, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels import autograd, reference
-from kernels.cuda_layout import CudaLayout, heads_of
+from kernels.cuda_layout import CudaLayout, documents, heads_of
 
 LIBRARY = Path(__file__).with_name("_cuda.so")
 SILU, GELU_TANH = 0, 1
@@ -143,19 +143,40 @@ def attention_varlen(
     window: int | None = None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.attention_varlen`; by flash-attn where it is installed and can.
+    """`reference.attention_varlen`, row-invariant but by flash-attn, which is taken where it is installed and can.
 
-    It can in 16 bits, with heads shared evenly, and without gradients: it has none for lse.
+    It can in 16 bits and with heads shared evenly. Where a gradient is asked for, the reference works: flash-attn
+    has none for lse, and the kernels here have no backward.
     """
-    heads = reference.check_kv_index(q_TNH.shape[1], k_TKH.shape[1], kv_index)
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q_TNH, k_TKH, v_TKH))
-    is_even = autograd.even_group(heads, k_TKH.shape[1]) is not None
-    if not _has_flash_attn() or needs_grad or not is_even or q_TNH.dtype not in (torch.float16, torch.bfloat16):
-        return reference.attention_varlen(
-            q_TNH, k_TKH, v_TKH, cu_seqlens_B1, kv_index=kv_index, window=window, scale=scale
-        )
     reference.check_attention(q_TNH, k_TKH, v_TKH)
+    index = reference.check_kv_index(q_TNH.shape[1], k_TKH.shape[1], kv_index)
     bounds = reference.check_bounds(cu_seqlens_B1, q_TNH.shape[0])
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q_TNH, k_TKH, v_TKH)):
+        return reference.attention_varlen(q_TNH, k_TKH, v_TKH, bounds, kv_index=index, window=window, scale=scale)
+    is_even = autograd.even_group(index, k_TKH.shape[1]) is not None
+    if _has_flash_attn() and is_even and q_TNH.dtype in (torch.float16, torch.bfloat16):
+        return _flash_attention(q_TNH, k_TKH, v_TKH, bounds, window, scale)
+    heads = heads_of(index, k_TKH.shape[1], q_TNH.device)
+    work = documents(bounds, window or 0, heads.group, q_TNH.device)
+    return torch.ops.onemesh_cuda.attention_varlen(
+        q_TNH.contiguous(),
+        k_TKH.contiguous(),
+        v_TKH.contiguous(),
+        work.chunks,
+        heads.starts,
+        heads.order,
+        None,
+        work.whole,
+        window or 0,
+        scale,
+        0.0,
+    )
+
+
+def _flash_attention(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, bounds: tuple[int, ...], window: int | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out [T, N, H], lse [T, N]) by flash-attn's varlen function."""
     longest = max((stop - start for start, stop in itertools.pairwise(bounds)), default=0)
     starts = torch.tensor(bounds, dtype=torch.int32, device=q_TNH.device)
     out_TNH, lse_NT, *_ = importlib.import_module("flash_attn").flash_attn_varlen_func(

@@ -24,7 +24,7 @@ struct Chunk {
   __device__ Chunk(const AttentionPagedArgs& a, int64_t b) {
     const int64_t* c = a.chunks + 4 * b;
     first_row = c[0], queries = int(c[1]), keys = int(c[2]), prefix = int(c[3]);
-    table = a.block_table + b * a.table_width;
+    table = a.block_table ? a.block_table + b * a.table_width : nullptr;
     prefix_table = a.prefix_table + b * a.prefix_width;
     // whole parts, so that a part is a multiple of PART_TILES in this numbering
     prefix_tiles = (prefix + TILE * PART_TILES - 1) / (TILE * PART_TILES) * PART_TILES;
@@ -39,6 +39,7 @@ struct Chunk {
 struct Tile {
   bool is_prefix;
   int first, length;
+  int64_t first_row;  // of packed keys
   const int64_t* table;
 
   __device__ Tile(const Chunk& c, int tile) {
@@ -46,6 +47,7 @@ struct Tile {
     first = (is_prefix ? tile : c.first_tile + tile - c.prefix_tiles) * TILE;
     length = is_prefix ? c.prefix : c.keys;
     table = is_prefix ? c.prefix_table : c.table;
+    first_row = c.first_row;
   }
   __device__ bool visible(int key, int position, int window) const {
     return key < length && (is_prefix || (key <= position && (!window || position - key < window)));
@@ -57,7 +59,8 @@ struct Tile {
   // Where key and value of a position lie, in elements; -1 for an absent one.
   __device__ int64_t offset(const AttentionPagedArgs& a, int key, int kv_head) const {
     if (key >= length) return -1;
-    return ((table[key / a.page_size] * a.page_size + key % a.page_size) * a.num_kv_heads + kv_head) * a.head_dim;
+    const int64_t slot = table ? table[key / a.page_size] * a.page_size + key % a.page_size : first_row + key;
+    return (slot * a.num_kv_heads + kv_head) * a.head_dim;
   }
 };
 

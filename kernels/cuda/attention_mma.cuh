@@ -192,6 +192,7 @@ __global__ void __launch_bounds__(SPLIT_WARPS * 32, D == 64 ? 4 : 2) split_mma(c
   part.clear();
   fetch<T, D, TILE>(a, Tile(c, first), kv_head, 0, buffers);
   ptx::cp_async_commit();
+#pragma unroll 1
   for (int t = first; t < end; ++t) {
     if (t + 1 < end) fetch<T, D, TILE>(a, Tile(c, t + 1), kv_head, 0, buffers + (t + 1) % 2 * Shape<D>::STAGE);
     ptx::cp_async_commit();
@@ -237,6 +238,7 @@ __global__ void __launch_bounds__(WHOLE_WARPS * 32, D == 64 ? 3 : 2) whole_mma(c
   const int end = c.prefix_tiles + last / TILE + 1 - c.first_tile;
   fetch<T, D, COPIED>(a, Tile(c, 0), kv_head, warp * COPIED, buffers);
   ptx::cp_async_commit();
+#pragma unroll 1
   for (int t = 0; t < end; ++t) {
     if (t + 1 < end)
       fetch<T, D, COPIED>(a, Tile(c, t + 1), kv_head, warp * COPIED, buffers + (t + 1) % 2 * Shape<D>::STAGE);

@@ -1,4 +1,4 @@
-// Attention of a serving step over cached pages: which kernel takes which shape.
+// Attention over cached pages or packed documents: which kernel takes which shape.
 #include "attention_mma.cuh"
 #include "attention_rows.cuh"
 
@@ -24,5 +24,6 @@ int attention(const AttentionPagedArgs& a, cudaStream_t stream) {
 
 extern "C" int onemesh_cuda_attention_paged(const AttentionPagedArgs* args, void* stream) {
   if (args->head_dim < 1 || args->head_dim > MAX_HEAD_DIM || args->page_size < 1) return cudaErrorInvalidValue;
+  if (!args->num_heads) return cudaSuccess;
   return with_dtype(args->dtype, [&](auto x) { return attention<decltype(x)>(*args, cudaStream_t(stream)); });
 }

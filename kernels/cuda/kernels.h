@@ -52,6 +52,8 @@ struct RotaryArgs {
 // Keys come in parts of 128 by absolute position, parts are merged in order, prefix first. A chunk of few queries is
 // split: its parts are computed by different warps, laid down in `partials` and merged by a second kernel. Another chunk's
 // are merged on the way. Both give the same bits, so that the caller may choose: every chunk is in one list.
+//
+// Without block_table keys and values are packed as the queries are, [T, K, H]: chunks are whole documents, no prefixes.
 struct AttentionPagedArgs {
   void* out;                // [T, N, H]
   float* lse;               // [T, N]
@@ -59,7 +61,7 @@ struct AttentionPagedArgs {
   const void* key_cache;    // [P, S, K, H]
   const void* value_cache;
   const int64_t* chunks;        // [B, 4]: first query row, queries, keys without the prefix, prefix entries
-  const int64_t* block_table;   // [B, table_width]
+  const int64_t* block_table;   // [B, table_width] or null
   const int64_t* prefix_table;  // [B, prefix_width]
   const int32_t* head_starts;   // [K + 1]: where in `heads` the query heads of a kv head start
   const int32_t* heads;         // [N]

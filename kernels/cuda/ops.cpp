@@ -58,6 +58,11 @@ class Call {
     STD_TORCH_CHECK(x.size(dim) == wanted, op_, ": ", name, " has size ", x.size(dim), " in dim ", dim, ", not ", wanted);
   }
 
+  template <class... Parts>
+  void check_that(bool holds, const Parts&... message) const {
+    STD_TORCH_CHECK(holds, op_, ": ", message...);
+  }
+
   template <class Args>
   void run(int (*launcher)(const Args*, void*), const Args& args) const {
 #ifdef ONEMESH_CUDA_ON_HOST
@@ -96,18 +101,13 @@ class Call {
   const Tensor& first_;
 };
 
-Tensor empty_rows(const Tensor& x) {
-  return x.dim() == 2 ? torch::stable::new_empty(x, {x.size(0), x.size(1)})
-                      : torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
-}
-
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor x, std::optional<Tensor> residual, const Tensor weight, double eps) {
   const Call call("rms_norm", "x", x);
   RmsNormArgs a{};
   a.x = call.floats("x", x, 2);
   a.weight = call.floats("weight", weight, 1);
   call.size("weight", weight, 0, x.size(1));
-  Tensor out = empty_rows(x), sum = residual ? empty_rows(x) : x;
+  Tensor out = torch::stable::empty_like(x), sum = residual ? torch::stable::empty_like(x) : x;
   if (residual) {
     a.residual = call.floats("residual", *residual, 2);
     call.size("residual", *residual, 0, x.size(0));
@@ -132,7 +132,7 @@ Tensor gate(const Tensor gate, const Tensor up, int64_t activation) {
   call.size("up", up, 0, gate.size(0));
   call.size("up", up, 1, gate.size(1));
   STD_TORCH_CHECK(activation == SILU || activation == GELU_TANH, "gate: activation=", activation, " must be 0 or 1");
-  Tensor out = empty_rows(gate);
+  Tensor out = torch::stable::new_empty(gate, {gate.size(0), gate.size(1)});  // without the gaps
   a.out = out.mutable_data_ptr();
   a.rows = gate.size(0), a.width = gate.size(1), a.gate_stride = gate.stride(0), a.up_stride = up.stride(0);
   a.activation = int32_t(activation), a.dtype = call.dtype();
@@ -156,7 +156,7 @@ Tensor rotary(const Tensor x, const Tensor cos, const Tensor sin) {
   a.rows = x.size(0), a.num_heads = x.size(1), a.head_dim = x.size(2), a.q_stride = x.stride(0), a.dtype = call.dtype();
   STD_TORCH_CHECK(a.head_dim % 2 == 0, "rotary: x has an odd head dim ", a.head_dim);
   set_angles(call, cos, sin, a);
-  Tensor out = empty_rows(x);
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
   a.q_out = out.mutable_data_ptr();
   call.run(&onemesh_cuda_rotary, a);
   return out;
@@ -197,10 +197,58 @@ Tensor rotary_write(const Tensor q, const Tensor k, const Tensor v, const Tensor
   call.size("q", q, 2, a.head_dim);
   a.num_heads = q.size(1), a.q_stride = q.stride(0);
   set_angles(call, cos, sin, a);
-  Tensor out = empty_rows(q);
+  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   a.q_out = out.mutable_data_ptr();
   call.run(&onemesh_cuda_rotary, a);
   return out;
+}
+
+// What attention over pages and over packed documents have in common, but for the keys and the split chunks.
+struct Attention {
+  AttentionPagedArgs a{};
+  Tensor out, lse;
+};
+
+Attention prepare(const Call& call, const Tensor& q, const Tensor& chunks, const Tensor& head_starts, const Tensor& heads,
+                  const std::optional<Tensor>& slopes, const Tensor& whole, int64_t window, double scale, double softcap) {
+  Attention made{{}, torch::stable::empty_like(q), torch::stable::new_empty(q, {q.size(0), q.size(1)}, ScalarType::Float)};
+  AttentionPagedArgs& a = made.a;
+  call.check_that(q.size(2) >= 1 && q.size(2) <= 256, "q has a head dim that isn't 1 to 256: ", q.size(2));
+  call.check_that(window >= 0, "window is negative: ", window);
+  a.chunks = call.longs("chunks", chunks, 2);
+  call.size("chunks", chunks, 1, 4);
+  a.head_starts = call.typed<int32_t>("head_starts", head_starts, 1, ScalarType::Int);
+  a.heads = call.typed<int32_t>("heads", heads, 1, ScalarType::Int);
+  call.size("heads", heads, 0, q.size(1));
+  if (slopes) {
+    a.slopes = call.typed<float>("slopes", *slopes, 1, ScalarType::Float);
+    call.size("slopes", *slopes, 0, q.size(1));
+  }
+  a.whole = call.longs("whole", whole, 2);
+  call.size("whole", whole, 1, 2);
+  a.q = call.floats("q", q, 3);
+  a.out = made.out.mutable_data_ptr();
+  a.lse = static_cast<float*>(made.lse.mutable_data_ptr());
+  a.num_whole = whole.size(0), a.num_heads = q.size(1), a.num_kv_heads = head_starts.size(0) - 1;
+  a.head_dim = int32_t(q.size(2)), a.page_size = 1, a.window = int32_t(window);
+  a.scale = float(scale), a.softcap = float(softcap), a.dtype = call.dtype();
+  return made;
+}
+
+std::tuple<Tensor, Tensor> attention_varlen(const Tensor q, const Tensor k, const Tensor v, const Tensor documents,
+                                            const Tensor head_starts, const Tensor heads, std::optional<Tensor> slopes,
+                                            const Tensor whole, int64_t window, double scale, double softcap) {
+  const Call call("attention_varlen", "q", q);
+  call.floats("q", q, 3);
+  Attention made = prepare(call, q, documents, head_starts, heads, slopes, whole, window, scale, softcap);
+  made.a.key_cache = call.floats("k", k, 3);
+  made.a.value_cache = call.floats("v", v, 3);
+  call.size("k", k, 0, q.size(0));
+  call.size("k", k, 1, made.a.num_kv_heads);
+  call.size("k", k, 2, q.size(2));
+  for (int dim = 0; dim < 3; ++dim) call.size("v", v, dim, k.size(dim));
+  call.run(&onemesh_cuda_attention_paged, made.a);
+  return {made.out, made.lse};
 }
 
 std::tuple<Tensor, Tensor> attention_paged(const Tensor q, const Tensor key_cache, const Tensor value_cache,
@@ -210,50 +258,32 @@ std::tuple<Tensor, Tensor> attention_paged(const Tensor q, const Tensor key_cach
                                            int64_t partial_rows, int64_t max_split_queries, int64_t window, double scale,
                                            double softcap) {
   const Call call("attention_paged", "q", q);
-  AttentionPagedArgs a{};
-  a.q = call.floats("q", q, 3);
+  call.floats("q", q, 3);
+  Attention made = prepare(call, q, chunks, head_starts, heads, slopes, whole, window, scale, softcap);
+  AttentionPagedArgs& a = made.a;
   a.key_cache = call.floats("key_cache", key_cache, 4);
   a.value_cache = call.floats("value_cache", value_cache, 4);
   for (int dim = 0; dim < 4; ++dim) call.size("value_cache", value_cache, dim, key_cache.size(dim));
+  call.size("key_cache", key_cache, 2, a.num_kv_heads);
   call.size("key_cache", key_cache, 3, q.size(2));
-  a.chunks = call.longs("chunks", chunks, 2);
-  call.size("chunks", chunks, 1, 4);
+  call.check_that(key_cache.size(1) > 0, "key_cache has pages without slots");
   a.block_table = call.longs("block_table", block_table, 2);
   a.prefix_table = call.longs("prefix_table", prefix_table, 2);
   call.size("block_table", block_table, 0, chunks.size(0));
   call.size("prefix_table", prefix_table, 0, chunks.size(0));
-  a.head_starts = call.typed<int32_t>("head_starts", head_starts, 1, ScalarType::Int);
-  a.heads = call.typed<int32_t>("heads", heads, 1, ScalarType::Int);
-  call.size("head_starts", head_starts, 0, key_cache.size(2) + 1);
-  call.size("heads", heads, 0, q.size(1));
-  if (slopes) {
-    a.slopes = call.typed<float>("slopes", *slopes, 1, ScalarType::Float);
-    call.size("slopes", *slopes, 0, q.size(1));
-  }
-  a.whole = call.longs("whole", whole, 2);
   a.split = call.longs("split", split, 2);
   a.merges = call.longs("merges", merges, 2);
-  call.size("whole", whole, 1, 2);
   call.size("split", split, 1, 3);
   call.size("merges", merges, 1, 2);
-  STD_TORCH_CHECK(q.size(2) >= 1 && q.size(2) <= 256, "attention_paged: q has head dim ", q.size(2), ", not 1 to 256");
-  STD_TORCH_CHECK(key_cache.size(1) > 0, "attention_paged: key_cache has pages without slots");
-  STD_TORCH_CHECK(window >= 0 && partial_rows >= 0 && max_split_queries >= 0, "attention_paged: negative count");
-
-  Tensor out = empty_rows(q);
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, ScalarType::Float);
+  call.check_that(partial_rows >= 0 && max_split_queries >= 0, "partial_rows or max_split_queries is negative");
   Tensor partials = torch::stable::new_empty(q, {partial_rows * q.size(1) * (q.size(2) + 2)}, ScalarType::Float);
-  a.out = out.mutable_data_ptr();
-  a.lse = static_cast<float*>(lse.mutable_data_ptr());
   a.partials = static_cast<float*>(partials.mutable_data_ptr());
   a.partial_rows = partial_rows, a.max_split_queries = max_split_queries;
-  a.num_whole = whole.size(0), a.num_split = split.size(0), a.num_merges = merges.size(0);
+  a.num_split = split.size(0), a.num_merges = merges.size(0);
   a.table_width = block_table.size(1), a.prefix_width = prefix_table.size(1);
-  a.num_heads = q.size(1), a.num_kv_heads = key_cache.size(2);
-  a.head_dim = int32_t(q.size(2)), a.page_size = int32_t(key_cache.size(1)), a.window = int32_t(window);
-  a.scale = float(scale), a.softcap = float(softcap), a.dtype = call.dtype();
-  if (q.size(0) && q.size(1)) call.run(&onemesh_cuda_attention_paged, a);
-  return {out, lse};
+  a.page_size = int32_t(key_cache.size(1));
+  call.run(&onemesh_cuda_attention_paged, a);
+  return {made.out, made.lse};
 }
 
 }  // namespace
@@ -263,11 +293,13 @@ STABLE_TORCH_LIBRARY(onemesh_cuda, m) {
   m.def("add_rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("gate(Tensor gate, Tensor up, int activation) -> Tensor");
   m.def("rotary(Tensor x, Tensor cos, Tensor sin) -> Tensor");
-  m.def(
-      "write_pages(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor k, Tensor v, Tensor slots) -> ()");
+  m.def("write_pages(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor k, Tensor v, Tensor slots) -> ()");
   m.def(
       "rotary_write(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) key_cache, Tensor(b!) value_cache, "
       "Tensor slots) -> Tensor");
+  m.def(
+      "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor documents, Tensor head_starts, Tensor heads, Tensor? slopes, "
+      "Tensor whole, int window, float scale, float softcap) -> (Tensor, Tensor)");
   m.def(
       "attention_paged(Tensor q, Tensor key_cache, Tensor value_cache, Tensor chunks, Tensor block_table, "
       "Tensor prefix_table, Tensor head_starts, Tensor heads, Tensor? slopes, Tensor whole, Tensor split, Tensor merges, "
@@ -283,6 +315,7 @@ STABLE_TORCH_LIBRARY(onemesh_cuda, m) {
     m.impl("rotary", TORCH_BOX(&rotary));                      \
     m.impl("write_pages", TORCH_BOX(&write_pages));            \
     m.impl("rotary_write", TORCH_BOX(&rotary_write));          \
+    m.impl("attention_varlen", TORCH_BOX(&attention_varlen));  \
     m.impl("attention_paged", TORCH_BOX(&attention_paged));    \
   }
 ONEMESH_IMPL(CUDA)
