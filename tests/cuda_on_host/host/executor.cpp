@@ -126,7 +126,7 @@ void run_thread() {
 
 void prepare(unsigned number) {
   Thread& t = threads[number];  // field by field: TSan would note a memset, and kernels read what is here
-  t.waiting = t.exited = false;
+  t.exited = false;
   t.first_copy = t.num_copies = t.groups = 0;
   t.number = number;
   t.lane = number % 32;
@@ -206,7 +206,6 @@ void for_group(const Thread& me, F f) {
 template <class F>
 void meet(bool orders, F last) {
   Thread& me = *self;
-  me.waiting = true;
   ready[me.number / 32] &= ~(1u << me.lane);
   TSAN(if (orders) __tsan_release(&me.arrived);)
   if (complete(me)) {
@@ -218,7 +217,6 @@ void meet(bool orders, F last) {
     last();
     TSAN(if (orders) __tsan_release(address);)
     for_group(me, [&](Thread& t) {
-      t.waiting = false;
       t.released = address;
       ready[t.number / 32] |= 1u << t.lane;
     });

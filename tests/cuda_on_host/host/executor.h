@@ -47,7 +47,7 @@ struct Thread {
   void* out;
 
   unsigned number;         // within the block
-  bool waiting, exited;
+  bool exited;
   unsigned mask;           // lanes it waits for; 0: the whole block
   int vote;
   Site site;
