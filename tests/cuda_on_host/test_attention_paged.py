@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ def _built() -> None:
 class Case:
     """Chunks over random pages: `chunks` are (queries, keys, prefix entries)."""
 
-    chunks: Sequence[tuple[int, int, int]]
+    chunks: tuple[tuple[int, int, int], ...]
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 64
@@ -68,6 +69,7 @@ class Inputs:
     layout: CudaLayout
 
 
+@functools.lru_cache(maxsize=2)
 def inputs(case: Case) -> Inputs:
     """Key i of chunk b is a function of (b, i) alone, a query of (b, position): chunks may be cut anywhere."""
     size, shape = case.page_size, (case.kv_heads, case.head_dim)
@@ -184,8 +186,8 @@ def check(case: Case, *, kind: str = "plain", orders: Sequence[tuple[int, int]] 
     assert (lse.double() - exact[1]).abs().max() <= 1e-5 * exact[1].abs().max() + 1e-5
 
 
-RAGGED = [(1, 1, 0), (1, 47, 0), (3, 200, 0), (40, 130, 0), (70, 70, 0), (1, 129, 20), (20, 65, 3), (1, 33, 130)]
-SMALL = [(1, 70, 0), (18, 40, 5)]
+RAGGED = ((1, 1, 0), (1, 47, 0), (3, 200, 0), (40, 130, 0), (70, 70, 0), (1, 129, 20), (20, 65, 3), (1, 33, 130))
+SMALL = ((1, 70, 0), (18, 40, 5))
 
 CASES = {
     "ragged": Case(chunks=RAGGED),
@@ -194,7 +196,7 @@ CASES = {
     "uneven heads": Case(chunks=RAGGED, heads=5, kv_heads=3, kv_index=(2, 0, 0, 2, 2)),
     "one head each": Case(chunks=SMALL, heads=3, kv_heads=3, page_size=1),
     "many heads on one": Case(chunks=SMALL, heads=24, kv_heads=1, page_size=7),
-    "window": Case(chunks=[*RAGGED, (2, 390, 0)], window=50, page_size=8),
+    "window": Case(chunks=(*RAGGED, (2, 390, 0)), window=50, page_size=8),
     "window of one": Case(chunks=SMALL, window=1),
     "soft cap": Case(chunks=SMALL, softcap=3.0),
     "alibi": Case(chunks=RAGGED, alibi=True, page_size=33),
@@ -235,9 +237,9 @@ def test_a_row_doesnt_depend_on_its_company(name):
     """One request's last queries: alone one by one, in chunks, all at once, with others, in other pages."""
     case = CASES[name]
     keys, prefix = 150, 40
-    at_once = attend(replace(case, chunks=[(keys, keys, prefix)]))
+    at_once = attend(replace(case, chunks=((keys, keys, prefix),)))
     for first, page_size in ((keys - 1, 16), (keys - 7, 5), (64, 64), (1, 16)):
-        chunks = [(keys - first, keys, prefix), *RAGGED[:3]]
+        chunks = ((keys - first, keys, prefix), *RAGGED[:3])
         out, lse = attend(replace(case, chunks=chunks, page_size=page_size))
         assert out[: keys - first].equal(at_once[0][first:]) and lse[: keys - first].equal(at_once[1][first:])
 
@@ -246,7 +248,7 @@ def test_a_row_doesnt_depend_on_its_company(name):
 def test_sanitizers(kind):
     orders = (FORWARD, seeded(5))
     for name in ("ragged", "head 128", "window", "uneven heads", "float32", "odd head"):
-        check(replace(CASES[name], chunks=[(1, 150, 0), (18, 40, 5), (2, 64, 0)]), kind=kind, orders=orders)
+        check(replace(CASES[name], chunks=((1, 150, 0), (18, 40, 5), (2, 64, 0))), kind=kind, orders=orders)
 
 
 def test_shapes_that_no_kernel_takes():
@@ -275,7 +277,7 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_noticed(name, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "SOURCE", mutant(tmp_path, "attention_paged.cu", *MUTANTS[name]))
-    case = replace(CASES["ragged"], chunks=[(2, 200, 0), (60, 150, 0), (30, 47, 3)])
+    case = replace(CASES["ragged"], chunks=((2, 200, 0), (60, 150, 0), (30, 47, 3)))
 
     def verify() -> None:
         check(case, orders=ORDERS[:3])
