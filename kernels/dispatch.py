@@ -12,11 +12,13 @@ from kernels import (
     cpu_loss,
     cpu_ops,
     cpu_rows,
+    cuda_ops,
     invariance,
     reference,
     tiles,
     torch_ops,
 )
+from kernels.cuda_layout import CudaLayout
 from kernels.ops import Ops, Rows
 from kernels.paged import PagedLayout
 
@@ -108,13 +110,35 @@ def compiled(isa: str, rule: invariance.RowRule) -> Ops:
     )
 
 
+CUDA = replace(
+    REFERENCE,
+    name="cuda",
+    rms_norm=cuda_ops.rms_norm,
+    add_rms_norm=cuda_ops.add_rms_norm,
+    rotary=cuda_ops.rotary,
+    silu_gate=cuda_ops.silu_gate,
+    gelu_gate=cuda_ops.gelu_gate,
+    attention_varlen=cuda_ops.attention_varlen,
+    write_pages=cuda_ops.write_pages,
+    rotary_write=cuda_ops.rotary_write,
+    paged_layout=CudaLayout.build,
+    attention_paged=cuda_ops.attention_paged,
+)
+"""The CUDA backend, once `cuda_ops.load` has loaded its library; what it lacks is the reference's."""
+
+
 def select(device: torch.device, dtype: torch.dtype) -> Ops:
     """The backend for this device and compute dtype.
 
-    CPU in float32 or bfloat16: the C++ kernels, if they were built, with torch's linears and the row rule measured
-    here (some milliseconds); in float16 the torch CPU backend. Everything else, float64 proofs among it: the reference.
+    CPU in float32 or bfloat16: the C++ kernels, if they were built; without them and in float16 the torch CPU backend,
+    with the row rule measured here (some milliseconds). CUDA in these three: the CUDA kernels, if they were
+    built. Everything else, float64 proofs among it: the reference.
     """
-    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return REFERENCE
+    if device.type == "cuda":
+        return CUDA if cuda_ops.load() else REFERENCE
+    if device.type != "cpu":
         return REFERENCE
     rule = invariance.measure_row_rule(dtype)
     isa = cpu_ops.load() if dtype != torch.float16 else None

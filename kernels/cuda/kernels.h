@@ -1,0 +1,86 @@
+// The launchers of the CUDA kernels: what each is told, in plain C++. `kernels/reference.py` is the spec.
+//
+// Every launcher is `int onemesh_cuda_<op>(const <Op>Args*, void* stream)` and returns a cudaError_t: 0, or 1
+// (cudaErrorInvalidValue) for a shape that no kernel takes. Members of the structs are pointers to device memory, float,
+// int32_t and int64_t, nothing else: the tests read this file. Strides and sizes count elements; a stride is from row to
+// row, within a row elements lie side by side. Sizes may be 0. Pages are int64 and are never read past a sequence's last.
+#pragma once
+#include <cstdint>
+
+enum Dtype : int32_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
+enum Activation : int32_t { SILU = 0, GELU_TANH = 1 };
+
+// out = weight * (y / sqrt(mean(y^2) + eps)), y = x, or the rounded x + residual, which then goes to `sum` too.
+struct RmsNormArgs {
+  void* out;             // [T, D]
+  void* sum;             // [T, D], may be x or residual itself; unused without residual
+  const void* x;         // [T, D]
+  const void* residual;  // [T, D] or null
+  const void* weight;    // [D]
+  int64_t rows, width;
+  float eps;
+  int32_t dtype;
+};
+
+// out = activation(gate) * up
+struct GateArgs {
+  void* out;         // [T, F]
+  const void* gate;  // [T, F] by gate_stride
+  const void* up;    // [T, F] by up_stride
+  int64_t rows, width, gate_stride, up_stride;
+  int32_t activation, dtype;
+};
+
+// Rotates q and k by the angles of their rows and stores k and v in pages; without cos and sin nothing is rotated.
+struct RotaryArgs {
+  void* q_out;         // [T, N, H], may be q itself if q_stride is N H
+  const void* q;       // [T, N, H] by q_stride
+  const void* k;       // [T, K, H] by k_stride
+  const void* v;       // [T, K, H] by v_stride
+  const float* cos;    // [T, H] or null
+  const float* sin;    // [T, H]
+  const int64_t* slots;  // [T] page * S + slot, all different
+  void* key_cache;     // [P, S, K, H]
+  void* value_cache;
+  int64_t rows, num_heads, num_kv_heads, head_dim, q_stride, k_stride, v_stride;
+  int32_t dtype;
+};
+
+// Softmax attention of the chunks of one serving step over their pages; the score of key j for the query at position p is
+// softcap * tanh(scale q.k / softcap) (without a cap scale q.k) + slope (j - p), entries of a prefix without slope.
+//
+// Keys come in parts of 128 by absolute position, parts are merged in order, prefix first. A chunk of few queries is
+// split: its parts are computed by different warps, laid down in `partials` and merged by a second kernel. Another chunk's
+// are merged on the way. Both give the same bits, so that the caller may choose: every chunk is in one list.
+//
+// Without block_table keys and values are packed as the queries are, [T, K, H]: chunks are whole documents, no prefixes.
+struct AttentionPagedArgs {
+  void* out;                // [T, N, H]
+  float* lse;               // [T, N]
+  const void* q;            // [T, N, H]
+  const void* key_cache;    // [P, S, K, H]
+  const void* value_cache;
+  const int64_t* chunks;        // [B, 4]: first query row, queries, keys without the prefix, prefix entries
+  const int64_t* block_table;   // [B, table_width] or null
+  const int64_t* prefix_table;  // [B, prefix_width]
+  const int32_t* head_starts;   // [K + 1]: where in `heads` the query heads of a kv head start
+  const int32_t* heads;         // [N]
+  const float* slopes;          // [N], ALiBi's, or null
+  const int64_t* whole;         // [num_whole, 2]: chunk, and which 64 of its pairs (query, head of a kv head's group)
+  const int64_t* split;         // [num_split, 3]: chunk of at most 16 such pairs, first of two parts, first row of partials
+  const int64_t* merges;        // [num_merges, 2]: split chunk, first row of partials
+  float* partials;              // [R, N, H] sums of values, then [R, N, 2] maximum and sum; part-major, R = parts x queries
+  int64_t partial_rows, num_whole, num_split, num_merges, max_split_queries;
+  int64_t table_width, prefix_width, num_heads, num_kv_heads;
+  int32_t head_dim, page_size;
+  int32_t window;        // 0: none
+  float scale, softcap;  // softcap 0: none
+  int32_t dtype;
+};
+
+extern "C" {
+int onemesh_cuda_rms_norm(const RmsNormArgs* args, void* stream);
+int onemesh_cuda_gate(const GateArgs* args, void* stream);
+int onemesh_cuda_rotary(const RotaryArgs* args, void* stream);
+int onemesh_cuda_attention_paged(const AttentionPagedArgs* args, void* stream);
+}

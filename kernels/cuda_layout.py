@@ -1,0 +1,139 @@
+"""Which CUDA blocks do what in one serving step: lists made once, that all layers with the same window share.
+
+Keys come in parts of 128 by absolute position. A chunk with few queries is *split*: its parts go to different warps,
+a second kernel merges them. The other chunks are *whole*: a block merges the parts of its rows on the way. Both give
+the same bits (`kernels/cuda/attention.cuh`), so what is chosen here never shows in a result.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.paged import PagedLayout
+
+PART = 128
+"""Keys per part, `TILE * PART_TILES` of attention.cuh."""
+PARTS_PER_ITEM = 2
+"""Parts of a block that works on a split chunk."""
+SPLIT_PAIRS = 16
+"""Pairs (query, head of a kv head's group) that a split chunk has at most: rows of one warp."""
+WHOLE_PAIRS = 64
+"""Such pairs per block of a whole chunk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """The lists of one step for a window and a largest group; int64 on the layout's device."""
+
+    whole: Tensor
+    """[., 2] chunk, and which 64 of its pairs; those that see most keys first."""
+    split: Tensor
+    """[., 3] chunk, first of two parts, first row of the chunk in the workspace."""
+    merges: Tensor
+    """[., 2] split chunk, its first row in the workspace."""
+    partial_rows: int
+    """Rows of the workspace: parts x queries, summed over split chunks."""
+    max_split_queries: int
+
+
+class CudaLayout(PagedLayout):
+    """The layout with the chunks' numbers in one tensor and the work of every window and group asked for so far."""
+
+    @functools.cached_property
+    def chunks(self) -> Tensor:
+        """int64 [B, 4]: first query row, queries, keys without the prefix, prefix entries."""
+        return _integers(self._numbers, 4, self.block_table_BM.device)
+
+    @functools.cached_property
+    def _numbers(self) -> list[tuple[int, ...]]:
+        rows = itertools.pairwise(self.query_starts)
+        each = zip(rows, self.kv_lengths, self.prefix_lengths, strict=True)
+        return [(start, stop - start, keys, prefix) for (start, stop), keys, prefix in each]
+
+    @functools.cached_property
+    def _made(self) -> dict[tuple[int, int, int], Work]:
+        return {}
+
+    def work(self, window: int, group: int, split_pairs: int = SPLIT_PAIRS) -> Work:
+        """The lists for this window (0: none) where a kv head serves at most `group` query heads.
+
+        Chunks of up to `split_pairs` pairs, at most 16, are split.
+        """
+        key = (window, group, split_pairs)
+        if key not in self._made:
+            self._made[key] = _plan(self._numbers, *key, self.block_table_BM.device)
+        return self._made[key]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedWork:
+    """Packed documents as chunks that are all whole."""
+
+    chunks: Tensor
+    """int64 [B, 4]: first row, queries, keys, 0."""
+    whole: Tensor
+    """As in `Work`."""
+
+
+@functools.lru_cache(maxsize=16)  # the layers of a step, and its microbatches
+def packed_work(bounds: tuple[int, ...], window: int, group: int, device: torch.device) -> PackedWork:
+    """From `0 = c_0 <= c_1 <= ... <= c_B = T`."""
+    numbers = [(start, stop - start, stop - start, 0) for start, stop in itertools.pairwise(bounds)]
+    work = _plan(numbers, window, group, 0, device)
+    return PackedWork(chunks=_integers(numbers, 4, device), whole=work.whole)
+
+
+def _plan(numbers: Sequence[tuple[int, ...]], window: int, group: int, split_pairs: int, device: torch.device) -> Work:
+    """The lists for chunks (first row, queries, keys, prefix entries)."""
+    whole, split, merges, row, longest = [], [], [], 0, 0
+    for b, (_, queries, keys, prefix) in enumerate(numbers):
+        pairs = queries * group
+        if pairs == 0 or pairs > split_pairs:
+            whole += [(keys, b, tile) for tile in range(-(-pairs // WHOLE_PAIRS))]
+            continue
+        lowest = max(keys - queries - window + 1, 0) if window else 0
+        parts = -(-prefix // PART) + -(-keys // PART) - lowest // PART
+        split += [(b, part, row) for part in range(0, parts, PARTS_PER_ITEM)]
+        merges.append((b, row))
+        row += parts * queries
+        longest = max(longest, queries)
+    whole.sort(key=lambda item: (-item[0], item[1], -item[2]))
+    return Work(
+        whole=_integers([item[1:] for item in whole], 2, device),
+        split=_integers(split, 3, device),
+        merges=_integers(merges, 2, device),
+        partial_rows=row,
+        max_split_queries=longest,
+    )
+
+
+def _integers(rows: Sequence[tuple[int, ...]], width: int, device: torch.device) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64, device=device).view(-1, width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """The query heads of every kv head, int32 on a device."""
+
+    starts: Tensor
+    """[K + 1]: where in `order` the heads of a kv head start."""
+    order: Tensor
+    """[N] query heads, by kv head."""
+    group: int
+    """Most query heads that a kv head serves."""
+
+
+@functools.cache
+def heads_of(kv_index: tuple[int, ...], num_kv_heads: int, device: torch.device) -> Heads:
+    """From the kv head of every query head."""
+    order = sorted(range(len(kv_index)), key=lambda n: (kv_index[n], n))
+    counts = [kv_index.count(k) for k in range(num_kv_heads)]
+    return Heads(
+        starts=torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device),
+        order=torch.tensor(order, dtype=torch.int32, device=device),
+        group=max(counts, default=0),
+    )
