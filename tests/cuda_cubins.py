@@ -98,6 +98,48 @@ CLAIMS = [
     Claim(kernel=r"attend_rows<\w+, true, \w+>", registers=128, threads=128, warps=16, has=(LDG,)),
     Claim(kernel=r"attend_rows<\w+, false, \w+>", registers=128, threads=128, warps=16),
     Claim(kernel=r"merge_parts<\w+>", registers=48, threads=128, warps=40),
+    *(
+        claim
+        for layout, narrow, wide in (
+            ("false, false", 30720, 61440),
+            ("false, true", 28416, 56832),
+            ("true, true", 26112, 52224),
+        )
+        for claim in (
+            Claim(
+                kernel=rf"multiply<\w+, {layout}, 128, 128>",
+                registers=255,
+                threads=128,
+                shared=wide,
+                warps=8,
+                has=(MMA, COPY, "LDSM"),
+            ),
+            Claim(
+                kernel=rf"multiply<float, {layout}, 64, 64>",
+                registers=168,
+                threads=128,
+                shared=narrow,
+                warps=12,
+                has=("FFMA", COPY),
+            ),
+        )
+    ),
+    Claim(
+        kernel=r"multiply<(__half|__nv_bfloat16), false, false, 16, 64>",
+        registers=64,
+        threads=128,
+        shared=19200,
+        warps=32,
+        has=(MMA, COPY, "LDSM"),
+    ),
+    Claim(
+        kernel=r"multiply<float, false, false, 16, 64>",
+        registers=128,
+        threads=128,
+        shared=19200,
+        warps=16,
+        has=("FFMA", COPY),
+    ),
 ]
 
 

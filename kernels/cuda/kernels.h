@@ -76,9 +76,40 @@ struct AttentionPagedArgs {
   int32_t dtype;
 };
 
+// out = x weight^T + bias, each element summed in float32 along K in an order of its own, and rounded once.
+struct LinearArgs {
+  void* out;           // [T, N], float32 or of x's type
+  const void* x;       // [T, K] by x_stride
+  const void* weight;  // [N, K]
+  const void* bias;    // [N] or null
+  int64_t rows, width_in, width_out, x_stride;
+  int32_t dtype, out_dtype;
+};
+
+// out = grad weight
+struct LinearGradInputArgs {
+  void* out;           // [T, K]
+  const void* grad;    // [T, N]
+  const void* weight;  // [N, K]
+  int64_t rows, width_in, width_out;
+  int32_t dtype;
+};
+
+// out += grad^T x
+struct LinearGradWeightArgs {
+  float* out;        // [N, K]
+  const void* grad;  // [T, N]
+  const void* x;     // [T, K]
+  int64_t rows, width_in, width_out;
+  int32_t dtype;
+};
+
 extern "C" {
 int onemesh_cuda_rms_norm(const RmsNormArgs* args, void* stream);
 int onemesh_cuda_gate(const GateArgs* args, void* stream);
 int onemesh_cuda_rotary(const RotaryArgs* args, void* stream);
 int onemesh_cuda_attention_paged(const AttentionPagedArgs* args, void* stream);
+int onemesh_cuda_linear(const LinearArgs* args, void* stream);
+int onemesh_cuda_linear_grad_input(const LinearGradInputArgs* args, void* stream);
+int onemesh_cuda_linear_grad_weight(const LinearGradWeightArgs* args, void* stream);
 }
