@@ -140,6 +140,19 @@ CLAIMS = [
         warps=16,
         has=("FFMA", COPY),
     ),
+    *(
+        Claim(kernel=kernel, registers=255, threads=128, shared=shared, warps=warps, has=(*has, COPY))
+        for half in ("(__half|__nv_bfloat16)",)
+        for kernel, shared, warps, has in (
+            (f"grad_queries<{half}, 64>", 64512, 8, (MMA, "LDSM")),
+            (f"grad_queries<{half}, 128>", 113664, 4, (MMA, "LDSM")),
+            ("grad_queries<float, 128>", 105984, 4, ("FFMA",)),
+            (f"grad_keys<{half}, 64>", 46080, 8, (MMA, "LDSM")),
+            (f"grad_keys<{half}, 128>", 78848, 8, (MMA, "LDSM")),
+            ("grad_keys<float, 128>", 110592, 4, ("FFMA",)),
+        )
+    ),
+    Claim(kernel=r"row_delta<\w+>", registers=48, threads=128, warps=40),
 ]
 
 

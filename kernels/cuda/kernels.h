@@ -104,11 +104,37 @@ struct LinearGradWeightArgs {
   int32_t dtype;
 };
 
+// The gradients of causal attention inside packed documents, scores as above without slopes, from those of out and lse.
+// Every row belongs to one document.
+struct AttentionVarlenGradArgs {
+  void* grad_q;            // [T, N, H]
+  void* grad_k;            // [T, K, H]
+  void* grad_v;            // [T, K, H]
+  float* delta;            // [T, N] workspace
+  const void* grad_out;    // [T, N, H]
+  const float* grad_lse;   // [T, N] or null
+  const void* out;         // [T, N, H]
+  const float* lse;        // [T, N]
+  const void* q;           // [T, N, H]
+  const void* k;           // [T, K, H]
+  const void* v;           // [T, K, H]
+  const int64_t* tiles;    // [num_tiles, 3]: a document's first row, its length, and which 64 of its positions
+  const int32_t* kv_heads;     // [N]: the kv head of every query head
+  const int32_t* head_starts;  // [K + 1]: where in `heads` the query heads of a kv head start
+  const int32_t* heads;        // [N]
+  int64_t rows, num_tiles, num_heads, num_kv_heads;
+  int32_t head_dim;      // at most 128
+  int32_t window;        // 0: none
+  float scale, softcap;  // softcap 0: none
+  int32_t dtype;
+};
+
 extern "C" {
 int onemesh_cuda_rms_norm(const RmsNormArgs* args, void* stream);
 int onemesh_cuda_gate(const GateArgs* args, void* stream);
 int onemesh_cuda_rotary(const RotaryArgs* args, void* stream);
 int onemesh_cuda_attention_paged(const AttentionPagedArgs* args, void* stream);
+int onemesh_cuda_attention_varlen_grad(const AttentionVarlenGradArgs* args, void* stream);
 int onemesh_cuda_linear(const LinearArgs* args, void* stream);
 int onemesh_cuda_linear_grad_input(const LinearGradInputArgs* args, void* stream);
 int onemesh_cuda_linear_grad_weight(const LinearGradWeightArgs* args, void* stream);
