@@ -153,6 +153,22 @@ CLAIMS = [
         )
     ),
     Claim(kernel=r"row_delta<\w+>", registers=48, threads=128, warps=40),
+    Claim(
+        kernel=r"multiply_segments<(__half|__nv_bfloat16), \w+>",
+        registers=64,
+        threads=128,
+        shared=19200,
+        warps=32,
+        has=(MMA, COPY, "LDSM"),
+    ),
+    Claim(
+        kernel=r"multiply_segments<float, \w+>",
+        registers=128,
+        threads=128,
+        shared=19200,
+        warps=16,
+        has=("FFMA", COPY),
+    ),
 ]
 
 

@@ -129,6 +129,19 @@ struct AttentionVarlenGradArgs {
   int32_t dtype;
 };
 
+// out += scale (x A^T) B^T in segments of rows, each with an adapter of its own; other rows stay as they are.
+struct LoraArgs {
+  void* out;      // [T, N] by out_stride
+  void* hidden;   // [T, R] workspace
+  const void* x;  // [T, K] by x_stride
+  const void* a;  // [L, R, K], smaller ranks filled up with zeros
+  const void* b;  // [L, N, R]
+  const float* scales;   // [L]
+  const int64_t* items;  // [num_items, 3]: adapter, first row, 1 to 16 rows
+  int64_t num_items, width_in, width_out, rank, x_stride, out_stride;
+  int32_t dtype;
+};
+
 extern "C" {
 int onemesh_cuda_rms_norm(const RmsNormArgs* args, void* stream);
 int onemesh_cuda_gate(const GateArgs* args, void* stream);
@@ -138,4 +151,5 @@ int onemesh_cuda_attention_varlen_grad(const AttentionVarlenGradArgs* args, void
 int onemesh_cuda_linear(const LinearArgs* args, void* stream);
 int onemesh_cuda_linear_grad_input(const LinearGradInputArgs* args, void* stream);
 int onemesh_cuda_linear_grad_weight(const LinearGradWeightArgs* args, void* stream);
+int onemesh_cuda_lora(const LoraArgs* args, void* stream);
 }
