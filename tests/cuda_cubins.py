@@ -169,6 +169,10 @@ CLAIMS = [
         warps=16,
         has=("FFMA", COPY),
     ),
+    Claim(kernel=r"row_sums<\w+, true>", registers=48, threads=256, warps=40, has=(LDG,)),
+    Claim(kernel=r"row_sums<\w+, false>", registers=48, threads=256, warps=40),
+    Claim(kernel=r"grad_logits<\w+, \w+, true>", registers=40, threads=256, warps=48, has=(LDG, STG)),
+    Claim(kernel=r"grad_logits<\w+, \w+, false>", registers=40, threads=256, warps=48),
 ]
 
 

@@ -142,6 +142,28 @@ struct LoraArgs {
   int32_t dtype;
 };
 
+// Of each row its maximum, sum of exp(logit - maximum) and the target's logit, 0 for a target outside of 0 .. V-1.
+struct CrossEntropyArgs {
+  float* max;     // [T]
+  float* sum;     // [T]
+  float* picked;  // [T]
+  const void* logits;      // [T, V] by stride
+  const int64_t* targets;  // [T]
+  int64_t rows, width, stride;
+  int32_t dtype;
+};
+
+// out = (exp(logits - lse) - onehot(target)) factor; float32 logits may be written as another type.
+struct CrossEntropyGradArgs {
+  void* out;           // [T, V], may be the logits themselves
+  const void* logits;  // [T, V] by stride
+  const float* lse;    // [T]
+  const int64_t* targets;
+  const float* factor;  // [1]
+  int64_t rows, width, stride;
+  int32_t dtype, out_dtype;
+};
+
 extern "C" {
 int onemesh_cuda_rms_norm(const RmsNormArgs* args, void* stream);
 int onemesh_cuda_gate(const GateArgs* args, void* stream);
@@ -152,4 +174,6 @@ int onemesh_cuda_linear(const LinearArgs* args, void* stream);
 int onemesh_cuda_linear_grad_input(const LinearGradInputArgs* args, void* stream);
 int onemesh_cuda_linear_grad_weight(const LinearGradWeightArgs* args, void* stream);
 int onemesh_cuda_lora(const LoraArgs* args, void* stream);
+int onemesh_cuda_cross_entropy(const CrossEntropyArgs* args, void* stream);
+int onemesh_cuda_cross_entropy_grad(const CrossEntropyGradArgs* args, void* stream);
 }
