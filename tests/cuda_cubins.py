@@ -173,6 +173,7 @@ CLAIMS = [
     Claim(kernel=r"row_sums<\w+, false>", registers=48, threads=256, warps=40),
     Claim(kernel=r"grad_logits<\w+, \w+, true>", registers=40, threads=256, warps=48, has=(LDG, STG)),
     Claim(kernel=r"grad_logits<\w+, \w+, false>", registers=40, threads=256, warps=48),
+    Claim(kernel="draw", registers=64, threads=256, warps=32),
 ]
 
 

@@ -164,6 +164,23 @@ struct CrossEntropyGradArgs {
   int32_t dtype, out_dtype;
 };
 
+// One token per draw from a row, without a generator's state. Logits below largest + temperature ln(min_p) are out,
+// then those below the k-th largest; a weight is round(2^42 exp((logit - largest) / temperature)). By falling logit, of
+// equals by rising id, tokens are kept until their sum reaches top_p of the whole; drawn is the first at which it
+// exceeds u times the kept sum. Temperature 0 takes the first of the largest; a row with NaN or without a finite
+// largest gives -1.
+struct DrawArgs {
+  int64_t* ids;             // [C]
+  const float* logits;      // [B, V]
+  const int64_t* rows;      // [C]: which row
+  const double* temperature;  // [C]
+  const int64_t* top_k;     // [C], below 1: all
+  const double* top_p;      // [C]
+  const double* min_p;      // [C]
+  const double* u;          // [C] in [0, 1)
+  int64_t count, width;     // width at most 2^20
+};
+
 extern "C" {
 int onemesh_cuda_rms_norm(const RmsNormArgs* args, void* stream);
 int onemesh_cuda_gate(const GateArgs* args, void* stream);
@@ -176,4 +193,5 @@ int onemesh_cuda_linear_grad_weight(const LinearGradWeightArgs* args, void* stre
 int onemesh_cuda_lora(const LoraArgs* args, void* stream);
 int onemesh_cuda_cross_entropy(const CrossEntropyArgs* args, void* stream);
 int onemesh_cuda_cross_entropy_grad(const CrossEntropyGradArgs* args, void* stream);
+int onemesh_cuda_draw(const DrawArgs* args, void* stream);
 }
