@@ -122,6 +122,18 @@ def test_gradients(rows, width_in, width_out, dtype):
     grads(rows, width_in, width_out, dtype, "plain", ORDERS[:3])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_of_a_row_doesnt_depend_on_the_others(dtype):
+    w, grad = draw(1, 40, 24).to(dtype), draw(2, 140, 40).to(dtype)
+
+    def grad_x(grad_TN: Tensor) -> Tensor:
+        values = {"out": torch.zeros(len(grad_TN), 24, dtype=dtype), "grad": grad_TN, "weight": w}
+        values |= {"rows": len(grad_TN), "width_in": 24, "width_out": 40, "dtype": DTYPES[dtype]}
+        return called("linear_grad_input", values, "plain", (FORWARD,))
+
+    assert grad_x(grad[130:]).equal(grad_x(grad)[130:])
+
+
 def test_gradients_over_no_rows():
     out = draw(1, 3, 4)
     values = {"out": out, "grad": torch.empty(0, 3), "x": torch.empty(0, 4), "width_in": 4, "width_out": 3, "dtype": 0}
