@@ -99,6 +99,82 @@ CLAIMS = [
     Claim(kernel=r"attend_rows<\w+, true, \w+>", registers=128, threads=128, warps=16, has=(LDG,)),
     Claim(kernel=r"attend_rows<\w+, false, \w+>", registers=128, threads=128, warps=16),
     Claim(kernel=r"merge_parts<\w+>", registers=48, threads=128, warps=40),
+    *(
+        claim
+        for layout, narrow, wide in (
+            ("false, false", 30720, 61440),
+            ("false, true", 28416, 56832),
+            ("true, true", 26112, 52224),
+        )
+        for claim in (
+            Claim(
+                kernel=rf"multiply<\w+, {layout}, 128, 128>",
+                registers=255,
+                threads=128,
+                shared=wide,
+                warps=8,
+                has=(MMA, COPY, "LDSM"),
+            ),
+            Claim(
+                kernel=rf"multiply<float, {layout}, 64, 64>",
+                registers=168,
+                threads=128,
+                shared=narrow,
+                warps=12,
+                has=("FFMA", COPY),
+            ),
+        )
+    ),
+    Claim(
+        kernel=r"multiply<(__half|__nv_bfloat16), false, false, 16, 64>",
+        registers=64,
+        threads=128,
+        shared=19200,
+        warps=32,
+        has=(MMA, COPY, "LDSM"),
+    ),
+    Claim(
+        kernel=r"multiply<float, false, false, 16, 64>",
+        registers=128,
+        threads=128,
+        shared=19200,
+        warps=16,
+        has=("FFMA", COPY),
+    ),
+    *(
+        Claim(kernel=kernel, registers=255, threads=128, shared=shared, warps=warps, has=(*has, COPY))
+        for half in ("(__half|__nv_bfloat16)",)
+        for kernel, shared, warps, has in (
+            (f"grad_queries<{half}, 64>", 64512, 8, (MMA, "LDSM")),
+            (f"grad_queries<{half}, 128>", 113664, 4, (MMA, "LDSM")),
+            ("grad_queries<float, 128>", 105984, 4, ("FFMA",)),
+            (f"grad_keys<{half}, 64>", 46080, 8, (MMA, "LDSM")),
+            (f"grad_keys<{half}, 128>", 78848, 8, (MMA, "LDSM")),
+            ("grad_keys<float, 128>", 110592, 4, ("FFMA",)),
+        )
+    ),
+    Claim(kernel=r"row_delta<\w+>", registers=48, threads=128, warps=40),
+    Claim(
+        kernel=r"multiply_segments<(__half|__nv_bfloat16), \w+>",
+        registers=64,
+        threads=128,
+        shared=19200,
+        warps=32,
+        has=(MMA, COPY, "LDSM"),
+    ),
+    Claim(
+        kernel=r"multiply_segments<float, \w+>",
+        registers=128,
+        threads=128,
+        shared=19200,
+        warps=16,
+        has=("FFMA", COPY),
+    ),
+    Claim(kernel=r"row_sums<\w+, true>", registers=48, threads=256, warps=40, has=(LDG,)),
+    Claim(kernel=r"row_sums<\w+, false>", registers=48, threads=256, warps=40),
+    Claim(kernel=r"grad_logits<\w+, \w+, true>", registers=40, threads=256, warps=48, has=(LDG, STG)),
+    Claim(kernel=r"grad_logits<\w+, \w+, false>", registers=40, threads=256, warps=48),
+    Claim(kernel="draw", registers=64, threads=256, warps=32),
 ]
 
 

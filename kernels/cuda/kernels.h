@@ -78,9 +78,122 @@ struct AttentionPagedArgs {
   int32_t dtype;
 };
 
+// out = x weight^T + bias, each element summed in float32 along K in an order of its own, and rounded once.
+struct LinearArgs {
+  void* out;           // [T, N], float32 or of x's type
+  const void* x;       // [T, K] by x_stride
+  const void* weight;  // [N, K]
+  const void* bias;    // [N] or null
+  int64_t rows, width_in, width_out, x_stride;
+  int32_t dtype, out_dtype;
+};
+
+// out = grad weight
+struct LinearGradInputArgs {
+  void* out;           // [T, K]
+  const void* grad;    // [T, N]
+  const void* weight;  // [N, K]
+  int64_t rows, width_in, width_out;
+  int32_t dtype;
+};
+
+// out += grad^T x
+struct LinearGradWeightArgs {
+  float* out;        // [N, K]
+  const void* grad;  // [T, N]
+  const void* x;     // [T, K]
+  int64_t rows, width_in, width_out;
+  int32_t dtype;
+};
+
+// The gradients of causal attention inside packed documents, scores as above without slopes, from those of out and lse.
+// Every row belongs to one document.
+struct AttentionVarlenGradArgs {
+  void* grad_q;            // [T, N, H]
+  void* grad_k;            // [T, K, H]
+  void* grad_v;            // [T, K, H]
+  float* delta;            // [T, N] workspace
+  const void* grad_out;    // [T, N, H]
+  const float* grad_lse;   // [T, N] or null
+  const void* out;         // [T, N, H]
+  const float* lse;        // [T, N]
+  const void* q;           // [T, N, H]
+  const void* k;           // [T, K, H]
+  const void* v;           // [T, K, H]
+  const int64_t* tiles;    // [num_tiles, 3]: a document's first row, its length, and which 64 of its positions
+  const int32_t* kv_heads;     // [N]: the kv head of every query head
+  const int32_t* head_starts;  // [K + 1]: where in `heads` the query heads of a kv head start
+  const int32_t* heads;        // [N]
+  int64_t rows, num_tiles, num_heads, num_kv_heads;
+  int32_t head_dim;      // at most 128
+  int32_t window;        // 0: none
+  float scale, softcap;  // softcap 0: none
+  int32_t dtype;
+};
+
+// out += scale (x A^T) B^T in segments of rows, each with an adapter of its own; other rows stay as they are.
+struct LoraArgs {
+  void* out;      // [T, N] by out_stride
+  void* hidden;   // [T, R] workspace
+  const void* x;  // [T, K] by x_stride
+  const void* a;  // [L, R, K], smaller ranks filled up with zeros
+  const void* b;  // [L, N, R]
+  const float* scales;   // [L]
+  const int64_t* items;  // [num_items, 3]: adapter, first row, 1 to 16 rows
+  int64_t num_items, width_in, width_out, rank, x_stride, out_stride;
+  int32_t dtype;
+};
+
+// Of each row its maximum, sum of exp(logit - maximum) and the target's logit, 0 for a target outside of 0 .. V-1.
+struct CrossEntropyArgs {
+  float* max;     // [T]
+  float* sum;     // [T]
+  float* picked;  // [T]
+  const void* logits;      // [T, V] by stride
+  const int64_t* targets;  // [T]
+  int64_t rows, width, stride;
+  int32_t dtype;
+};
+
+// out = (exp(logits - lse) - onehot(target)) factor; float32 logits may be written as another type.
+struct CrossEntropyGradArgs {
+  void* out;           // [T, V], may be the logits themselves
+  const void* logits;  // [T, V] by stride
+  const float* lse;    // [T]
+  const int64_t* targets;
+  const float* factor;  // [1]
+  int64_t rows, width, stride;
+  int32_t dtype, out_dtype;
+};
+
+// One token per draw from a row, without a generator's state. Logits below largest + temperature ln(min_p) are out,
+// then those below the k-th largest; a weight is round(2^42 exp((logit - largest) / temperature)). By falling logit, of
+// equals by rising id, tokens are kept until their sum reaches top_p of the whole; drawn is the first at which it
+// exceeds u times the kept sum. Temperature 0 takes the first of the largest; a row with NaN or without a finite
+// largest gives -1.
+struct DrawArgs {
+  int64_t* ids;             // [C]
+  const float* logits;      // [B, V]
+  const int64_t* rows;      // [C]: which row
+  const double* temperature;  // [C]
+  const int64_t* top_k;     // [C], below 1: all
+  const double* top_p;      // [C]
+  const double* min_p;      // [C]
+  const double* u;          // [C] in [0, 1)
+  int64_t count, width;     // width at most 2^20
+};
+
 extern "C" {
 int onemesh_cuda_rms_norm(const RmsNormArgs* args, void* stream);
 int onemesh_cuda_gate(const GateArgs* args, void* stream);
 int onemesh_cuda_rotary(const RotaryArgs* args, void* stream);
 int onemesh_cuda_attention_paged(const AttentionPagedArgs* args, void* stream);
+int onemesh_cuda_attention_varlen_grad(const AttentionVarlenGradArgs* args, void* stream);
+int onemesh_cuda_linear(const LinearArgs* args, void* stream);
+int onemesh_cuda_linear_grad_input(const LinearGradInputArgs* args, void* stream);
+int onemesh_cuda_linear_grad_weight(const LinearGradWeightArgs* args, void* stream);
+int onemesh_cuda_lora(const LoraArgs* args, void* stream);
+int onemesh_cuda_cross_entropy(const CrossEntropyArgs* args, void* stream);
+int onemesh_cuda_cross_entropy_grad(const CrossEntropyGradArgs* args, void* stream);
+int onemesh_cuda_draw(const DrawArgs* args, void* stream);
 }

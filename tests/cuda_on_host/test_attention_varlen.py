@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.cuda_layout import documents, heads_of
+from kernels.cuda_layout import heads_of, packed_work
 from kernels.reference import check_kv_index
 from tests.cuda_host import DTYPES, FORWARD, KERNELS, ORDERS, assert_as_plain, build, call, seeded
 
@@ -40,7 +40,7 @@ def attend(
     """(out, lse) of the kernel with scale 0.2, the same bits in every order."""
     num_kv_heads = k.shape[1]
     heads = heads_of(check_kv_index(q.shape[1], num_kv_heads, kv_index), num_kv_heads, CPU)
-    work = documents(bounds, window or 0, heads.group, CPU)
+    work = packed_work(bounds, window or 0, heads.group, CPU)
     values = {
         "out": torch.full_like(q, torch.nan),
         "lse": torch.full(q.shape[:2], torch.nan),

@@ -1,0 +1,49 @@
+// LoRA of several adapters in one batch (grouped as in Punica's SGMV, arXiv:2310.18547): out += scale (x A^T) B^T, each
+// segment of rows with its adapter's factors. Two launches, the inner product in between rounded to the factors' type.
+#include "product.cuh"
+
+namespace {
+
+constexpr int ROWS = 16, COLUMNS = 64;
+
+template <class T>
+using Segment = Pipeline<T, false, false, ROWS, COLUMNS, 1>;
+
+// A block has COLUMNS columns of the product of one item's rows. OUT: the outer product, else the inner one.
+template <class T, bool OUT>
+__global__ void __launch_bounds__(PRODUCT_THREADS) multiply_segments(const LoraArgs a) {
+  DYN_SHARED(T, shared);
+  const int64_t adapter = a.items[3 * blockIdx.x], first = a.items[3 * blockIdx.x + 1];
+  const int64_t end = first + a.items[3 * blockIdx.x + 2], column = int64_t(blockIdx.y) * COLUMNS;
+  const int64_t width = OUT ? a.width_out : a.rank, depth = OUT ? a.rank : a.width_in;
+  const T* factors = static_cast<const T*>(OUT ? a.b : a.a) + adapter * width * depth;
+  const Matrix<T> x = OUT ? Matrix<T>(a.hidden, end, a.rank, a.rank) : Matrix<T>(a.x, end, a.width_in, a.x_stride);
+  Tile<T, ROWS, COLUMNS, 1> tile;
+  Segment<T>::run(x, Matrix<T>(factors, width, depth, depth), depth, first, column, shared, tile);
+  each(tile, [&](int r, int c, float value) {
+    if (first + r >= end || column + c >= width) return;
+    if constexpr (OUT) {
+      T* out = static_cast<T*>(a.out) + (first + r) * a.out_stride + column + c;
+      *out = from_float<T>(__fmaf_rn(a.scales[adapter], value, to_float(*out)));
+    } else {
+      static_cast<T*>(a.hidden)[(first + r) * a.rank + column + c] = from_float<T>(value);
+    }
+  });
+}
+
+template <class T>
+int lora(const LoraArgs& a, cudaStream_t stream) {
+  const auto across = [](int64_t width) { return unsigned((width + COLUMNS - 1) / COLUMNS); };
+  const unsigned items = unsigned(a.num_items);
+  const dim3 inner(items, across(a.rank)), outer(items, across(a.width_out)), block(PRODUCT_THREADS);
+  const int error = launch(&multiply_segments<T, false>, inner, block, Segment<T>::BYTES, stream, a);
+  return error ? error : launch(&multiply_segments<T, true>, outer, block, Segment<T>::BYTES, stream, a);
+}
+
+}  // namespace
+
+extern "C" int onemesh_cuda_lora(const LoraArgs* args, void* stream) {
+  if (args->width_out > 65535 * int64_t(COLUMNS) || args->rank > 65535 * int64_t(COLUMNS)) return cudaErrorInvalidValue;
+  if (!args->num_items || !args->rank || !args->width_out) return cudaSuccess;
+  return with_dtype(args->dtype, [&](auto x) { return lora<decltype(x)>(*args, cudaStream_t(stream)); });
+}

@@ -1,0 +1,232 @@
+"""The gradients of attention over packed documents, on the host executor, against the reference's."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.cuda_layout import heads_of
+from kernels.reference import check_kv_index, working_dtype
+from tests.cuda_host import DTYPES, FORWARD, KERNELS, KINDS, ORDERS, assert_as_plain, build, call, seeded
+from tests.cuda_mutants import plant
+
+SOURCE = "attention_varlen_grad.cu"
+LISTED = 64
+"""Positions per entry of the list of tiles."""
+GRADS = ("grad_q", "grad_k", "grad_v")
+Orders = Sequence[tuple[int, int]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _built() -> None:
+    build(*((KERNELS / SOURCE, kind) for kind in KINDS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Packed documents of these lengths."""
+
+    documents: Sequence[int]
+    heads: int = 2
+    kv_heads: int = 1
+    head_dim: int = 64
+    kv_index: tuple[int, ...] | None = None
+    window: int | None = None
+    softcap: float = 0.0
+    dtype: torch.dtype = torch.bfloat16
+    with_lse: bool = True
+    """Whether lse has a gradient."""
+
+    @property
+    def rows(self) -> int:
+        return sum(self.documents)
+
+    @property
+    def bounds(self) -> list[int]:
+        return [0, *itertools.accumulate(self.documents)]
+
+    @property
+    def index(self) -> tuple[int, ...]:
+        return check_kv_index(self.heads, self.kv_heads, self.kv_index)
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Those of document b depend on b and its length alone."""
+        shapes = {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads, "grad_out": self.heads}
+        found = {}
+        for i, (name, heads) in enumerate(shapes.items()):
+            parts = [_draw(10 * b + i, length, heads, self.head_dim) for b, length in enumerate(self.documents)]
+            found[name] = torch.cat(parts).to(self.dtype)
+        found["grad_lse"] = torch.cat([_draw(10 * b + 5, n, self.heads) for b, n in enumerate(self.documents)])
+        return found
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(out, lse) of the reference, with the cap added where there is one."""
+        if self.softcap:
+            return self._capped(q, k, v)
+        return reference.attention_varlen(
+            q, k, v, self.bounds, kv_index=self.index, window=self.window, scale=self.scale
+        )
+
+    def spec(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The gradients, by autograd."""
+        x = {name: t.to(working_dtype(dtype) if name == "grad_lse" else dtype) for name, t in self.inputs().items()}
+        leaves = q, k, v = [x[name].requires_grad_() for name in "qkv"]
+        out, lse = self.forward(q, k, v)
+        seeds = (x["grad_out"], x["grad_lse"] if self.with_lse else torch.zeros_like(lse))
+        return dict(zip(GRADS, torch.autograd.grad((out, lse), leaves, seeds), strict=True))
+
+    def _capped(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        work, outs, lses = working_dtype(q.dtype), [], []
+        for start, stop in itertools.pairwise(self.bounds):
+            rows, i = slice(start, stop), torch.arange(stop - start)
+            keys, values = (t[rows][:, list(self.index)].to(work) for t in (k, v))
+            scores = torch.einsum("tnh,snh->nts", q[rows].to(work), keys) * self.scale
+            distance = i[:, None] - i
+            hidden = (distance < 0) | (distance >= (self.window or stop))
+            scores = (self.softcap * torch.tanh(scores / self.softcap)).masked_fill(hidden, -torch.inf)
+            lse = scores.logsumexp(-1)
+            outs.append(torch.einsum("nts,snh->tnh", torch.exp(scores - lse[..., None]), values).to(q.dtype))
+            lses.append(lse.T)
+        return torch.cat(outs), torch.cat(lses)
+
+
+def _draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def grads_of(
+    case: Case, *, kind: str = "plain", orders: Orders = (FORWARD,), inputs: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The gradients of q, k and v, the same bits in every order; out and lse are the reference's."""
+    x = case.inputs() if inputs is None else inputs
+    out, lse = case.forward(x["q"], x["k"], x["v"])
+    heads = heads_of(case.index, case.kv_heads, torch.device("cpu"))
+    tiles = [
+        (start, stop - start, tile)
+        for start, stop in itertools.pairwise(case.bounds)
+        for tile in range(-(-(stop - start) // LISTED))
+    ]
+    values = {name: torch.full_like(x[name[-1]], torch.nan) for name in GRADS} | {
+        "delta": torch.full_like(lse, torch.nan),
+        "grad_out": x["grad_out"],
+        "grad_lse": x["grad_lse"] if case.with_lse else None,
+        "out": out,
+        "lse": lse,
+        "q": x["q"],
+        "k": x["k"],
+        "v": x["v"],
+        "tiles": torch.tensor(tiles, dtype=torch.int64).view(-1, 3),
+        "kv_heads": torch.tensor(case.index, dtype=torch.int32),
+        "head_starts": heads.starts,
+        "heads": heads.order,
+        "rows": case.rows,
+        "num_tiles": len(tiles),
+        "num_heads": case.heads,
+        "num_kv_heads": case.kv_heads,
+        "head_dim": case.head_dim,
+        "window": case.window or 0,
+        "scale": case.scale,
+        "softcap": case.softcap,
+        "dtype": DTYPES[case.dtype],
+    }
+    first, *others = call(SOURCE, "attention_varlen_grad", values, kind=kind, orders=orders)
+    for name, other in itertools.product(GRADS, others):
+        assert other[name].equal(first[name]), name
+    return {name: first[name] for name in GRADS}
+
+
+def check(case: Case, *, kind: str = "plain", orders: Orders = (FORWARD,)) -> None:
+    got, plain, exact = grads_of(case, kind=kind, orders=orders), case.spec(case.dtype), case.spec(torch.float64)
+    for name in GRADS:
+        assert_as_plain(got[name], plain[name], exact[name])
+
+
+RAGGED = (1, 64, 100, 3, 0, 65)
+
+CASES = {
+    "ragged": Case(documents=RAGGED),
+    "head 128": Case(documents=RAGGED, head_dim=128, heads=3, kv_heads=1),
+    "float16": Case(documents=RAGGED, dtype=torch.float16),
+    "uneven heads": Case(documents=(70, 9), heads=5, kv_heads=4, kv_index=(2, 0, 0, 2, 1)),
+    "one head each": Case(documents=(33,), kv_heads=2, with_lse=False),
+    "window": Case(documents=RAGGED, window=40),
+    "window of one": Case(documents=(5, 70), window=1),
+    "soft cap": Case(documents=(5, 70), softcap=1.5),
+    "window and cap": Case(documents=(150,), window=65, softcap=2.0, head_dim=40),
+    "float32": Case(documents=(1, 33, 100), dtype=torch.float32, window=50),
+    "float32, odd head": Case(documents=(40, 3), dtype=torch.float32, head_dim=37, softcap=2.0),
+    "odd head": Case(documents=(40, 7), head_dim=5, dtype=torch.float16),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_as_the_reference(name):
+    check(CASES[name], orders=ORDERS[:3])
+
+
+@pytest.mark.parametrize("name", ["ragged", "window", "float32", "uneven heads"])
+def test_a_document_doesnt_depend_on_the_others(name):
+    """Bit for bit: first of many, or alone."""
+    case = CASES[name]
+    alone = grads_of(replace(case, documents=(100,)))
+    together = grads_of(replace(case, documents=(100, 1, 70)))
+    for key, value in alone.items():
+        assert together[key][:100].equal(value), key
+
+
+def test_a_query_doesnt_depend_on_later_ones():
+    """A longer document has the same gradients of q where the shorter one ends."""
+    long = replace(CASES["ragged"], documents=(140,))
+    cut = {name: x[:70] for name, x in long.inputs().items()}
+    short = grads_of(replace(long, documents=(70,)), inputs=cut)
+    assert short["grad_q"].equal(grads_of(long)["grad_q"][:70])
+
+
+MUTANTS = {
+    "queries are read before all have copied them": (
+        "attention_varlen_grad.cu",
+        "    __syncthreads();\n    Tile<T, STREAMED, S, 2> scores, grads;",
+        "    Tile<T, STREAMED, S, 2> scores, grads;",
+    ),
+    "the gradient of lse is forgotten": (
+        "attention_varlen_grad.cu",
+        "a.grad_lse ? sum - a.grad_lse[pair] : sum",
+        "sum",
+    ),
+    "the last queries of a window are left out": (
+        "attention_varlen_grad.cu",
+        "int64_t(d.start) + S - 1 +",
+        "int64_t(d.start) +",
+    ),
+    "a slope for the cap is forgotten": ("attention_varlen_grad.cu", " * scoring.slope(s)", ""),
+}
+"""What stands there instead: these cases must notice."""
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_noticed(name, tmp_path, monkeypatch):
+    plant(monkeypatch, tmp_path, *MUTANTS[name])
+    with pytest.raises(AssertionError):
+        check(CASES["window and cap"], orders=ORDERS[:3])
+
+
+@pytest.mark.parametrize("kind", ["asan", "tsan"])
+def test_sanitizers(kind):
+    for name, documents in {"ragged": (66, 3), "head 128": (40,), "float32": (35,), "odd head": (33,)}.items():
+        case = replace(CASES[name], documents=documents, heads=2, window=50)
+        check(case, kind=kind, orders=(FORWARD, seeded(4)))
+
+
+def test_a_head_that_no_kernel_takes():
+    with pytest.raises(AssertionError, match=r"\[1\]"):
+        grads_of(Case(documents=(4,), head_dim=136))

@@ -1,0 +1,152 @@
+"""Draws of tokens on the host executor: exactly those of a full sort with integer weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cuda_host import FORWARD, KERNELS, KINDS, ORDERS, build, call, seeded
+from tests.cuda_mutants import plant
+
+SOURCE = "draw.cu"
+Numbers = tuple[float, int, float, float, float]
+"""temperature, top_k, top_p, min_p, u"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _built() -> None:
+    build(*((KERNELS / SOURCE, kind) for kind in KINDS))
+
+
+def drawn(
+    logits: Tensor,
+    numbers: Sequence[Numbers],
+    rows: Sequence[int] | None = None,
+    *,
+    kind: str = "plain",
+    orders: Sequence[tuple[int, int]] = (FORWARD,),
+) -> list[int]:
+    """The kernel's token for each draw; draw i is from row i unless `rows` says otherwise."""
+    columns = dict(zip(("temperature", "top_k", "top_p", "min_p", "u"), zip(*numbers, strict=True), strict=True))
+    values = {
+        name: torch.tensor(column, dtype=torch.int64 if name == "top_k" else torch.float64)
+        for name, column in columns.items()
+    } | {
+        "ids": torch.full((len(numbers),), -7),
+        "logits": logits,
+        "rows": torch.tensor(range(len(numbers)) if rows is None else rows),
+        "count": len(numbers),
+        "width": logits.shape[1],
+    }
+    first, *others = call(SOURCE, "draw", values, kind=kind, orders=orders)
+    assert all(other["ids"].equal(first["ids"]) for other in others)
+    return first["ids"].tolist()
+
+
+def spec(row: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float, u: float) -> int:
+    """As kernels.h defines it, by sorting everything."""
+    largest = float(row.max())
+    if not math.isfinite(largest):
+        return -1
+    if temperature == 0:
+        return int(row.argmax())
+    floor = largest - 33 * temperature
+    if min_p > 0:
+        floor = max(floor, largest + temperature * math.log(min_p))
+    ids = np.flatnonzero(row >= np.float32(floor))
+    ids = ids[np.argsort(-row[ids], kind="stable")]
+    if 0 < top_k < len(ids):
+        ids = ids[row[ids] >= row[ids[top_k - 1]]]
+    weights = np.rint(np.exp((row[ids].astype(np.float64) - largest) * (1 / temperature)) * 2**42).astype(np.int64)
+    sums = np.cumsum(weights)
+    total = int(sums[-1])
+    if top_p < 1:
+        total = int(sums[np.searchsorted(sums, min(max(math.ceil(top_p * float(total)), 1), total))])
+    return int(ids[np.searchsorted(sums, int(u * 2.0**53) * total >> 53, side="right")])
+
+
+def check(logits: Tensor, numbers: Sequence[Numbers], **options: object) -> None:
+    wanted = [spec(row, *each) for row, each in zip(logits.numpy(), numbers, strict=True)]
+    assert drawn(logits, numbers, **options) == wanted  # type: ignore[arg-type]
+
+
+def cases(count: int, width: int, seed: int, *, ties: bool) -> tuple[Tensor, list[Numbers]]:
+    generator = np.random.default_rng(seed)
+    logits = generator.normal(size=(count, width)).astype(np.float32) * 3
+    if ties:
+        logits = np.round(logits / 3)
+        logits[:, ::3] = np.copysign(0, logits[:, ::3])  # zeros of both signs, which are equal
+    numbers = [
+        (
+            float(generator.choice([0.3, 1.0, 2.0])),
+            int(generator.choice([0, 1, 5, 40, width])),
+            float(generator.choice([1.0, 0.9, 0.5, 0.01])),
+            float(generator.choice([0.0, 0.0, 0.05, 0.5])),
+            float(generator.choice([generator.random(), 0.0, 1 - 2.0**-53])),
+        )
+        for _ in range(count)
+    ]
+    return torch.from_numpy(logits), numbers
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("width", [1, 3, 40, 255, 1000, 4099])
+def test_as_by_sorting(width, ties):
+    check(*cases(24, width, width, ties=ties), orders=ORDERS[:2])
+
+
+def test_shares_are_as_the_probabilities():
+    """Even numbers u share the tokens out exactly: 1/4 steps over weights 2, 1, 1."""
+    row = torch.tensor([[0.0, math.log(2), -math.inf, 0.0]])
+    numbers = [(1.0, 0, 1.0, 0.0, u) for u in (0.0, 0.49, 0.51, 0.74, 0.76, 0.99)]
+    assert drawn(row, numbers, [0] * 6) == [1, 1, 0, 0, 3, 3]
+    for u, wanted in ((0.66, 1), (0.68, 0), (0.99, 0)):  # the first two reach 0.7 of 4, and 3 of 4 are kept
+        assert drawn(row, [(1.0, 0, 0.7, 0.0, u)]) == [wanted]
+
+
+def test_the_largest_and_rows_without_one():
+    logits = torch.full((6, 300), -1.0)
+    logits[0, [70, 290]] = 4.0
+    logits[1, 299], logits[2, 0], logits[3] = torch.nan, torch.inf, -torch.inf
+    logits[4, 1:], logits[5, 200] = -torch.inf, -0.5
+    for temperature in (0.0, 1e-6):
+        assert drawn(logits, [(temperature, 0, 1.0, 0.0, 0.0)] * 6, orders=ORDERS) == [70, -1, -1, -1, 0, 200]
+
+
+def test_a_draw_doesnt_depend_on_the_others():
+    logits, numbers = cases(5, 700, 1, ties=False)
+    assert drawn(logits, numbers[::-1], [4, 3, 2, 1, 0])[::-1] == drawn(logits, numbers)
+    assert drawn(logits[2:3], numbers[2:3]) == drawn(logits, numbers)[2:3]
+
+
+MUTANTS = {
+    "a digit is not waited for": ("draw.cu", "    __syncthreads();\n    place = *found;", "    place = *found;"),
+    "of equals any": ("draw.cu", "place++ == before", "place++ >= before"),
+    "two zeros": ("draw.cu", "x + 0.f", "x"),
+    "kept tokens are cut": ("draw.cu", "((least - 1 - place.before) / weight + 1) * weight", "least - place.before"),
+}
+"""What stands there instead: these cases must notice."""
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_noticed(name, tmp_path, monkeypatch):
+    plant(monkeypatch, tmp_path, *MUTANTS[name])
+
+    def verify() -> None:
+        test_shares_are_as_the_probabilities()
+        for width in (3, 40, 4099):
+            check(*cases(24, width, width, ties=True), orders=ORDERS[:2])
+
+    with pytest.raises(AssertionError):
+        verify()
+
+
+@pytest.mark.parametrize("kind", ["asan", "tsan"])
+def test_sanitizers(kind):
+    check(*cases(4, 300, 3, ties=True), kind=kind, orders=(FORWARD, seeded(1)))
+    check(*cases(4, 600, 4, ties=False), kind=kind)
