@@ -84,10 +84,10 @@ def torch_cpu(rule: invariance.RowRule) -> Ops:
     )
 
 
-def compiled(isa: str, rule: invariance.RowRule) -> Ops:
+def compiled(isa: str) -> Ops:
     """The C++ backend; nothing of a step is torch's but plain arithmetic."""
     return replace(
-        torch_cpu(rule),
+        REFERENCE,
         name=f"cpu {isa}",
         pack=cpu_linear.pack,
         linear=cpu_linear.linear,
@@ -102,6 +102,7 @@ def compiled(isa: str, rule: invariance.RowRule) -> Ops:
         rotary=cpu_rows.rotary,
         silu_gate=cpu_rows.silu_gate,
         gelu_gate=cpu_rows.gelu_gate,
+        write_pages=torch_ops.write_pages,
         rotary_write=cpu_rows.rotary_write,
         attention_varlen=cpu_attention.attention_varlen,
         attention_prefix=cpu_attention.attention_prefix,
@@ -140,6 +141,5 @@ def select(device: torch.device, dtype: torch.dtype) -> Ops:
         return CUDA if cuda_ops.load() else REFERENCE
     if device.type != "cpu":
         return REFERENCE
-    rule = invariance.measure_row_rule(dtype)
     isa = cpu_ops.load() if dtype != torch.float16 else None
-    return torch_cpu(rule) if isa is None else compiled(isa, rule)
+    return torch_cpu(invariance.measure_row_rule(dtype)) if isa is None else compiled(isa)

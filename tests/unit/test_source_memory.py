@@ -64,7 +64,7 @@ if len(sys.argv) > 5:  # as the server does, on the whole model
     decoder = build_decoder(
         source, Mesh.single(), [source.architecture.num_layers], dtype=dtype, ops=ops, trainable=False, packed=True
     )
-    kept = [p for _, p in decoder.placed()]
+    kept = [getattr(module, name) for module in decoder.modules() for name in getattr(module, "specs", {})]
     kept = [p.data if isinstance(p, Packed) else p for p in kept]
 for name in () if kept else source.names():
     shape = source.shape(name)
