@@ -107,6 +107,7 @@ struct Arena {
   void publish(uint32_t value);
   int wait_all(uint32_t value);
   int wait_rank(int rank, uint32_t value);
+  int look();  // for calls that wait for nobody: now and then, whether all ranks still run
 
   Stream& outgoing(int rank) { return outgoing_[rank]; }
   Stream& incoming(int rank) { return incoming_[rank]; }
@@ -133,7 +134,7 @@ struct Arena {
   bool crowded_ = true;
   bool committed_[2] = {false, false};
   uint32_t seen_ = 0;  // all ranks have published this
-  double moved_ = 0;
+  double moved_ = 0, looked_ = 0;
   std::unique_ptr<Stream[]> outgoing_, incoming_;
 };
 

@@ -223,6 +223,9 @@ int onemesh_shm_broadcast(Arena* arena, uint8_t* x, uint64_t bytes, int source) 
   const uint64_t chunk = shared_chunk(a, large), steps = std::max<uint64_t>(1, ceil_div(bytes, chunk));
   Call call(a, mixed(mixed(BROADCAST, uint64_t(source)), bytes), large);
   if (int error = call.begin()) return error;
+  if (a.me == source) {
+    if (int error = a.look()) return error;
+  }
   for (uint64_t t = 0; t < steps; t++) {
     const Span s(bytes, chunk, t);
     if (a.me == source) {

@@ -159,6 +159,9 @@ def _wait_in(launch: Launch, operation: str, victim: int, how: int | None) -> tu
                 comm.receive_start(x, group, victim).wait()
             elif operation == "broadcast":
                 comm.broadcast(x, group, victim)
+            elif operation == "tell":  # a source waits for nobody
+                comm.broadcast(x[:1], group, launch.rank)
+                time.sleep(0.3)
             else:
                 comm.all_reduce(x, group)
     waited = time.monotonic() - started
@@ -169,6 +172,14 @@ def _wait_in(launch: Launch, operation: str, victim: int, how: int | None) -> tu
 
 def _named_files() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if "onemesh" in name}
+
+
+@needs_library
+def test_a_source_notices_a_lost_rank_though_it_waits_for_nobody() -> None:
+    """At its first broadcast, not when the slots run out after the fourth."""
+    (waited, message), _ = on_ranks(2, _wait_in, "tell", 1, signal.SIGKILL, lost=[1])
+    assert waited < 1.1
+    assert message.endswith("lost rank 1 (its process has ended)")
 
 
 @needs_library
