@@ -5,7 +5,6 @@ decoding, whatever it is packed or batched with. The backward is deterministic a
 """
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,11 +85,8 @@ class CpuLayout(PagedLayout):
 
     @functools.cached_property
     def chunks(self) -> Tensor:
-        """int64 [B, 4]: first query row, queries, keys without the prefix, prefix entries."""
-        rows = itertools.pairwise(self.query_starts)
-        each = zip(rows, self.kv_lengths, self.prefix_lengths, strict=True)
-        numbers = [(start, stop - start, keys, prefix) for (start, stop), keys, prefix in each]
-        return torch.tensor(numbers, dtype=torch.int64).view(-1, 4)
+        """int64 [B, 4]: `numbers`."""
+        return torch.tensor(self.numbers, dtype=torch.int64).view(-1, 4)
 
 
 def attention_paged(

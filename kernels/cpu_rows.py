@@ -6,6 +6,8 @@ wider matrices: any stride of the first dim is read without a copy. `kernels.cpu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -61,20 +63,27 @@ def rotary_write(
 
 def silu_gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     """`reference.silu_gate`."""
-    autograd_rows.check_gate("silu_gate", gate_TF, up_TF)
     ops = torch.ops.onemesh
-    if not torch.is_grad_enabled():
-        return ops.silu_gate(gate_TF, up_TF)
-    return autograd_rows.Gated.apply(gate_TF, up_TF, ops.silu_gate, ops.silu_gate_backward)
+    return _gate("silu_gate", gate_TF, up_TF, ops.silu_gate, ops.silu_gate_backward)
 
 
 def gelu_gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     """`reference.gelu_gate`."""
-    autograd_rows.check_gate("gelu_gate", gate_TF, up_TF)
     ops = torch.ops.onemesh
+    return _gate("gelu_gate", gate_TF, up_TF, ops.gelu_gate, ops.gelu_gate_backward)
+
+
+def _gate(
+    name: str,
+    gate_TF: Tensor,
+    up_TF: Tensor,
+    forward: Callable[..., Tensor],
+    backward: Callable[..., tuple[Tensor, Tensor]],
+) -> Tensor:
+    autograd_rows.check_gate(name, gate_TF, up_TF)
     if not torch.is_grad_enabled():
-        return ops.gelu_gate(gate_TF, up_TF)
-    return autograd_rows.Gated.apply(gate_TF, up_TF, ops.gelu_gate, ops.gelu_gate_backward)
+        return forward(gate_TF, up_TF)
+    return autograd_rows.Gated.apply(gate_TF, up_TF, forward, backward)
 
 
 def embedding(ids_T: Tensor, w_VD: Tensor) -> Tensor:

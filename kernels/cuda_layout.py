@@ -45,14 +45,8 @@ class CudaLayout(PagedLayout):
 
     @functools.cached_property
     def chunks(self) -> Tensor:
-        """int64 [B, 4]: first query row, queries, keys without the prefix, prefix entries."""
-        return _integers(self._numbers, 4, self.block_table_BM.device)
-
-    @functools.cached_property
-    def _numbers(self) -> list[tuple[int, ...]]:
-        rows = itertools.pairwise(self.query_starts)
-        each = zip(rows, self.kv_lengths, self.prefix_lengths, strict=True)
-        return [(start, stop - start, keys, prefix) for (start, stop), keys, prefix in each]
+        """int64 [B, 4]: `numbers`."""
+        return _integers(self.numbers, 4, self.block_table_BM.device)
 
     @functools.cached_property
     def _made(self) -> dict[tuple[int, int, int], Work]:
@@ -65,7 +59,7 @@ class CudaLayout(PagedLayout):
         """
         key = (window, group, split_pairs)
         if key not in self._made:
-            self._made[key] = _plan(self._numbers, *key, self.block_table_BM.device)
+            self._made[key] = _plan(self.numbers, *key, self.block_table_BM.device)
         return self._made[key]
 
 

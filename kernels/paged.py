@@ -12,6 +12,8 @@ entry):
 Queries are packed in chunk order; the last query of a chunk is at position `kv_length - 1`.
 """
 
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -86,6 +88,13 @@ class PagedLayout:
     def num_queries(self) -> int:
         """T, the query rows of all chunks."""
         return self.query_starts[-1]
+
+    @functools.cached_property
+    def numbers(self) -> list[tuple[int, int, int, int]]:
+        """Of each chunk: first query row, queries, keys without the prefix, prefix entries."""
+        rows = itertools.pairwise(self.query_starts)
+        each = zip(rows, self.kv_lengths, self.prefix_lengths, strict=True)
+        return [(start, stop - start, keys, prefix) for (start, stop), keys, prefix in each]
 
     def check(self, q_TNH: Tensor, cache_PSKH: Tensor) -> None:
         """Raises ValueError unless the queries and the cache are those of this layout."""

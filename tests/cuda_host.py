@@ -125,14 +125,20 @@ def program(source: Path, kind: str) -> Path:
 
 
 def mutant(folder: Path, source: str, changed: str, old: str, new: str) -> Path:
-    """A copy of kernels/cuda/<source> and its headers where `old`, which stands once in file `changed`, is `new`."""
-    for path in (KERNELS / source, *headers()):
+    """kernels/cuda/<source> in a copy of all kernels where `old`, which stands once in file `changed`, is `new`."""
+    for path in (*KERNELS.glob("*.cu"), *headers()):
         if path.parent == KERNELS:
             shutil.copy(path, folder / path.name)
     text = (KERNELS / changed).read_text()
     assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {changed}"
     (folder / changed).write_text(text.replace(old, new))
     return folder / source
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, folder: Path, changed: str, old: str, new: str) -> None:
+    """From now on kernels are built from a mutant's copy in `folder`."""
+    mutant(folder, changed, changed, old, new)
+    monkeypatch.setitem(globals(), "KERNELS", folder)
 
 
 def build(*wanted: tuple[Path, str]) -> None:

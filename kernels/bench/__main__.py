@@ -16,6 +16,7 @@ import torch
 
 from kernels import cpu_ops
 from kernels.bench import attention, linear, rows, sampler, timing
+from kernels.machine import processor
 
 FAMILIES = {"attention": attention.TABLES, "linear": linear.TABLES}
 """Measured on every instruction set."""
@@ -65,9 +66,10 @@ def _report(family: str, options: list[str]) -> int:
 
 
 def _head(options: list[str]) -> str:
+    machine = f"{processor()}, {os.cpu_count()} processors, torch {torch.__version__}"
     return (
-        f"# {options[0]}: measured\n\n`python -m kernels.bench {' '.join(options)}` on {timing.processor()}. Medians "
-        "of interleaved runs; compare figures of one table alone.\n"
+        f"# {options[0]}: measured\n\n`python -m kernels.bench {' '.join(options)}` on {machine}. Medians of "
+        "interleaved runs; compare figures of one table alone.\n"
     )
 
 

@@ -4,7 +4,6 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 
@@ -39,16 +38,6 @@ def matrix_product(dtype: torch.dtype, size: int = 1536) -> tuple[Callable[[], o
     """A square product by oneDNN, which comes near the peak of multiply-adds, and its floating-point operations."""
     x, w = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     return lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""), 2.0 * size**3
-
-
-def processor() -> str:
-    """Name of the processor, number of threads, torch's version: what a report says of its machine."""
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return f"{names[0] if names else 'unknown processor'}, {len(names)} processors, torch {torch.__version__}"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -13,8 +13,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.cuda_layout import heads_of
 from kernels.reference import check_kv_index, working_dtype
-from tests.cuda_host import DTYPES, FORWARD, KERNELS, KINDS, ORDERS, assert_as_plain, build, call, seeded
-from tests.cuda_mutants import plant
+from tests.cuda_host import DTYPES, FORWARD, KERNELS, KINDS, ORDERS, assert_as_plain, build, call, plant, seeded
 
 SOURCE = "attention_varlen_grad.cu"
 LISTED = 64

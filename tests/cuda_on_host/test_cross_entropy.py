@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cuda_host import DTYPES, FORWARD, KERNELS, KINDS, ORDERS, assert_as_plain, build, call, seeded
-from tests.cuda_mutants import plant
+from tests.cuda_host import DTYPES, FORWARD, KERNELS, KINDS, ORDERS, assert_as_plain, build, call, plant, seeded
 
 SOURCE = "cross_entropy.cu"
 FACTOR = 0.25

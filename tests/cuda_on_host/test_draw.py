@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cuda_host import FORWARD, KERNELS, KINDS, ORDERS, build, call, seeded
-from tests.cuda_mutants import plant
+from tests.cuda_host import FORWARD, KERNELS, KINDS, ORDERS, build, call, plant, seeded
 
 SOURCE = "draw.cu"
 Numbers = tuple[float, int, float, float, float]

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from tests.cuda_host import DTYPES, FORWARD, KERNELS, KINDS, ORDERS, assert_as_plain, build, call, seeded
-from tests.cuda_mutants import plant
+from tests.cuda_host import DTYPES, FORWARD, KERNELS, KINDS, ORDERS, assert_as_plain, build, call, plant, seeded
 
 SOURCE = "linear.cu"
 FEW_LIMIT = 32

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from tests.cuda_host import DTYPES, FORWARD, KERNELS, KINDS, ORDERS, assert_as_plain, build, call, seeded
-from tests.cuda_mutants import plant
+from tests.cuda_host import DTYPES, FORWARD, KERNELS, KINDS, ORDERS, assert_as_plain, build, call, plant, seeded
 
 SOURCE = "lora.cu"
 ITEM_ROWS = 16
