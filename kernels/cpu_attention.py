@@ -59,7 +59,7 @@ def attention_varlen(
     reference.check_options(q_TNH.shape[1], window, soft_cap, alibi_slopes)
     heads = reference.check_kv_index(q_TNH.shape[1], k_SKH.shape[1], kv_index)
     table = Documents.of(documents, q_TNH.shape[0], k_SKH.shape[0]).table()
-    rest = (table, _integers(heads), window or 0, scale, soft_cap or 0.0)
+    rest = (table, list(heads), window or 0, scale, soft_cap or 0.0)
     inputs = q_TNH.contiguous(), k_SKH.contiguous(), v_SKH.contiguous(), _slopes(alibi_slopes)
     if not torch.is_grad_enabled():
         return torch.ops.onemesh.attention_varlen(*inputs[:3], *rest, inputs[3])
@@ -117,7 +117,7 @@ def attention_paged(
         layout.chunks,
         layout.block_table_BM.contiguous(),
         layout.prefix_table_BM.contiguous(),
-        _integers(heads),
+        list(heads),
         window or 0,
         scale,
         soft_cap or 0.0,
@@ -132,10 +132,6 @@ def _check(q_TNH: Tensor, keys: Tensor, values: Tensor, dims: int) -> None:
     head_dim = q_TNH.shape[2]
     if head_dim % 2 or not 2 <= head_dim <= 256:
         raise ValueError(f"attention: q has head dim {head_dim}; the C++ kernels take even ones from 2 to 256")
-
-
-def _integers(values: Sequence[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64)
 
 
 def _slopes(slopes: reference.Slopes | None) -> Tensor | None:

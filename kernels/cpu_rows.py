@@ -36,6 +36,11 @@ def _rms_norm_backward(
     return grad_x, grad_w if wants_w else None
 
 
+def rotary_angles(position_T: Tensor, frequency: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`reference.rotary_angles`; `dtype` is one of those with float32 as the working one."""
+    return torch.ops.onemesh.rotary_angles(position_T, frequency, factor)
+
+
 def rotary(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     """`reference.rotary`."""
     if not torch.is_grad_enabled():

@@ -21,6 +21,7 @@ from kernels import (
 from kernels.cuda_layout import CudaLayout
 from kernels.ops import Ops, Rows
 from kernels.paged import PagedLayout
+from kernels.replay import Recording
 
 __all__ = ["REFERENCE", "Ops", "select", "torch_cpu"]
 
@@ -40,6 +41,7 @@ REFERENCE = Ops(
     embedding=reference.embedding,
     rms_norm=reference.rms_norm,
     add_rms_norm=reference.add_rms_norm,
+    rotary_angles=reference.rotary_angles,
     rotary=reference.rotary,
     silu_gate=reference.silu_gate,
     gelu_gate=reference.gelu_gate,
@@ -68,6 +70,7 @@ def torch_cpu(rule: invariance.RowRule) -> Ops:
         embedding=reference.embedding,
         rms_norm=torch_ops.rms_norm,
         add_rms_norm=torch_ops.add_rms_norm,
+        rotary_angles=reference.rotary_angles,
         rotary=torch_ops.rotary,
         silu_gate=torch_ops.silu_gate,
         gelu_gate=torch_ops.gelu_gate,
@@ -99,6 +102,7 @@ def compiled(isa: str) -> Ops:
         loss_gradient=cpu_loss.loss_gradient,
         rms_norm=cpu_rows.rms_norm,
         add_rms_norm=cpu_rows.add_rms_norm,
+        rotary_angles=cpu_rows.rotary_angles,
         rotary=cpu_rows.rotary,
         silu_gate=cpu_rows.silu_gate,
         gelu_gate=cpu_rows.gelu_gate,
@@ -108,6 +112,7 @@ def compiled(isa: str) -> Ops:
         attention_prefix=cpu_attention.attention_prefix,
         paged_layout=cpu_attention.CpuLayout.build,
         attention_paged=cpu_attention.attention_paged,
+        record=Recording,
     )
 
 

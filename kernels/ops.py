@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.paged import PagedLayout
+from kernels.replay import Recording
 
 Rows = Callable[[int, int], Tensor]
 """Rows first .. last - 1 of a weight: a backend that packs asks for a few at a time."""
@@ -82,6 +83,7 @@ class Ops:
     embedding: Callable[..., Tensor]
     rms_norm: Callable[..., Tensor]
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
+    rotary_angles: Callable[[Tensor, Tensor, float, torch.dtype], tuple[Tensor, Tensor]]
     rotary: Callable[..., Tensor]
     silu_gate: Callable[..., Tensor]
     gelu_gate: Callable[..., Tensor]
@@ -95,3 +97,5 @@ class Ops:
     rotary_write: Callable[..., Tensor]
     paged_layout: Callable[..., PagedLayout]
     attention_paged: Callable[..., tuple[Tensor, Tensor]]
+    record: Callable[[Callable[[], Tensor]], Recording] | None = None
+    """Runs a function and keeps its kernel calls, where the backend can replay them."""

@@ -183,6 +183,17 @@ def add_rms_norm(x_TD: Tensor, delta_TD: Tensor, w_D: Tensor, eps: float) -> tup
     return sum_TD, rms_norm(sum_TD, w_D, eps)
 
 
+def rotary_angles(position_T: Tensor, frequency: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, H] of int64 positions times float64 [H/2] frequencies, times `factor`, halves repeated.
+
+    In the working dtype of activations in `dtype`; the angles themselves are float64 (a position's phase is then
+    exact to 1e-11 at 100 000 tokens).
+    """
+    half = position_T.to(torch.float64)[:, None] * frequency
+    angle, work = torch.cat((half, half), dim=-1), working_dtype(dtype)
+    return (angle.cos() * factor).to(work), (angle.sin() * factor).to(work)
+
+
 def rotary(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     """Rotary embedding in the half-split ("neox") layout of transformers -> [T, N, H] in x.dtype.
 

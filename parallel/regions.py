@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.replay import outside
 from parallel import comm
 from parallel.comm import Group
 
@@ -47,5 +48,13 @@ def enter(x: Tensor, group: Group) -> Tensor:
 
 
 def leave(x: Tensor, group: Group) -> Tensor:
-    """The sum [T, D] of the ranks' partial x (T * D elements), replicated; backward passes the gradient on."""
-    return x if group.size == 1 else _Leave.apply(x, group)  # type: ignore[no-any-return]
+    """The sum [T, D] of the ranks' partial x (T * D elements), replicated; backward passes the gradient on.
+
+    Without gradients it may take x's place.
+    """
+    if group.size == 1:
+        return x
+    if torch.is_grad_enabled():
+        return _Leave.apply(x, group)  # type: ignore[no-any-return]
+    x = x.contiguous()
+    return outside(lambda: comm.sum_in_rank_order(x, group))

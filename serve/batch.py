@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -52,13 +52,12 @@ class Batch:
 
 def build(
     chunks: Sequence[Chunk],
-    adapters: Mapping[str, LoadedAdapter],
+    used: Sequence[LoadedAdapter | None],
     ops: Ops,
     page_size: int,
     device: torch.device,
 ) -> Batch:
-    """The batch of a plan's chunks, in which those of one adapter are adjacent."""
-    used = [None if chunk.adapter is None else adapters[chunk.adapter] for chunk in chunks]
+    """The batch of a plan's chunks, in which those of one adapter are adjacent. used: the adapter of each."""
     prefixes = [0 if adapter is None else adapter.length for adapter in used]
     layout = ops.paged_layout(
         [chunk.length for chunk in chunks],
@@ -84,18 +83,19 @@ def build(
         position_T=torch.tensor(positions, dtype=torch.int64, device=device),
         slot_T=torch.tensor(slots, dtype=torch.int64, device=device),
         layout=layout,
-        segments=_segments(chunks, used),
+        segments=segments(chunks, used),
         rows=torch.tensor(rows, dtype=torch.int64, device=device),
     )
 
 
-def _segments(chunks: Sequence[Chunk], used: Sequence[LoadedAdapter | None]) -> tuple[Segment, ...]:
-    segments: list[Segment] = []
+def segments(chunks: Sequence[Chunk], used: Sequence[LoadedAdapter | None]) -> tuple[Segment, ...]:
+    """Tokens of the chunks that run with LoRA, those of one adapter together."""
+    found: list[Segment] = []
     start = 0
     pairs = zip(chunks, used, strict=True)
     for slot, members in groupby(pairs, key=lambda pair: None if pair[1] is None else pair[1].slot):
         stop = start + sum(chunk.length for chunk, _ in members)
         if slot is not None:
-            segments.append(Segment(start, stop, slot))
+            found.append(Segment(start, stop, slot))
         start = stop
-    return tuple(segments)
+    return tuple(found)

@@ -24,6 +24,7 @@ from serve import batch
 from serve.batch import Batch, LoadedAdapter
 from serve.blocks import OutOfPages, PagePool
 from serve.paged import KvCache, PagedAttend
+from serve.replay import Replays
 from serve.scheduler import Chunk
 
 
@@ -38,6 +39,10 @@ class Runner:
     base: str
     """Fingerprint of the base model's weights."""
     adapters: dict[str, LoadedAdapter] = field(default_factory=dict)
+    replays: Replays = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.replays = Replays(self._compute, self.decoder.ops, self.page_size)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> Tensor | None:
@@ -48,15 +53,21 @@ class Runner:
         T * D elements to the next stage, 2 * T * D a layer over tensor, B * V/tp elements at the end.
         """
         decoder = self.decoder
-        step_batch = batch.build(chunks, self.adapters, decoder.ops, self.page_size, decoder.device)
-        outputs = run.forward_only(
-            self.mesh.pipeline,
-            lambda _, hidden: self._stage(step_batch, hidden),
-            border=Border([(step_batch.num_tokens, decoder.architecture.width)], decoder.dtype, decoder.device),
-        )
-        return self._logits(outputs[0]) if outputs and len(step_batch.rows) else None
+        used = [None if chunk.adapter is None else self.adapters[chunk.adapter] for chunk in chunks]
 
-    def _stage(self, step_batch: Batch, hidden: Tensor | None) -> Tensor:
+        def stage(_: int, hidden: Tensor | None) -> Tensor:
+            replayed = self.replays.run(chunks, used, hidden)
+            if replayed is not None:
+                return replayed
+            return self._compute(batch.build(chunks, used, decoder.ops, self.page_size, decoder.device), hidden)
+
+        num_tokens = sum(chunk.length for chunk in chunks)
+        border = Border([(num_tokens, decoder.architecture.width)], decoder.dtype, decoder.device)
+        outputs = run.forward_only(self.mesh.pipeline, stage, border=border)
+        return self._whole(outputs[0]) if outputs and any(chunk.samples for chunk in chunks) else None
+
+    def _compute(self, step_batch: Batch, hidden: Tensor | None) -> Tensor:
+        """This stage's hidden states [T, D], on the last stage its columns of the logits [B, V/tp]."""
         decoder = self.decoder
         attend = PagedAttend(
             decoder.architecture, decoder.here, decoder.ops, self.cache, step_batch.layout, step_batch.slot_T
@@ -67,12 +78,13 @@ class Runner:
             adapters=step_batch.segments,
             rows=step_batch.rows,
         )
-        return decoder(step_batch.id_T if hidden is None else hidden, step)
+        x = decoder(step_batch.id_T if hidden is None else hidden, step)
+        return decoder.logits(x) if decoder.stage.is_last else x
 
-    def _logits(self, hidden_BD: Tensor) -> Tensor:
+    def _whole(self, logits: Tensor) -> Tensor:
         offsets = partition(self.decoder.architecture.vocab_size, self.mesh.tensor.size)
         sizes = [stop - start for start, stop in itertools.pairwise(offsets)]
-        return comm.all_gather(self.decoder.logits(hidden_BD), self.mesh.tensor, sizes, dim=1).float()
+        return comm.all_gather(logits, self.mesh.tensor, sizes, dim=1).float()
 
     def load_adapter(self, name: str, directory: Path, pool: PagePool) -> None:
         """Reads this rank's part of the PEFT adapter in `directory` and serves it as `name`.
@@ -84,6 +96,7 @@ class Runner:
                 nothing of it stays then.
         """
         directory = directory.resolve()  # `latest` may move on while its files are read
+        self.replays.forget()
         if name in self.adapters:
             raise ConfigError(f"adapters.{name} is already loaded; unload it first or choose another name")
         adapter = peft.read(directory, self.decoder.architecture)
@@ -130,6 +143,7 @@ class Runner:
         """
         if name not in self.adapters:
             raise ConfigError(f"adapters.{name} is not loaded; loaded are {sorted(self.adapters) or 'none'}")
+        self.replays.forget()
         adapter = self.adapters.pop(name)
         if adapter.slot is not None:
             lora.remove(self.decoder, adapter.slot)

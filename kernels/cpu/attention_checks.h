@@ -69,10 +69,9 @@ inline std::vector<Sequence> check_documents(const char* op, const Tensor& docum
 // Query heads in the order of their kv heads.
 struct Heads {
   std::vector<int64_t> order, first;
-  Heads(const char* op, const Tensor& kv_index, int64_t num_heads, int64_t num_kv_heads) : first(num_kv_heads + 1) {
-    check_type(op, "kv_index", kv_index, 1, ScalarType::Long);
-    STD_TORCH_CHECK(kv_index.size(0) == num_heads, op, ": kv_index has not one entry per head of q");
-    const int64_t* of = integers(kv_index);
+  Heads(const char* op, const std::vector<int64_t>& of, int64_t num_heads, int64_t num_kv_heads)
+      : first(num_kv_heads + 1) {
+    STD_TORCH_CHECK(int64_t(of.size()) == num_heads, op, ": kv_index has not one entry per head of q");
     for (int64_t n = 0; n < num_heads; ++n)
       STD_TORCH_CHECK(of[n] >= 0 && of[n] < num_kv_heads, op, ": kv_index[", n, "]=", of[n], " of ", num_kv_heads,
                       " kv heads");
@@ -84,16 +83,14 @@ struct Heads {
   }
 };
 
+// Sequences and heads are left to fill in.
 inline Attention arguments(Tensor& out, Tensor& lse, const Tensor& q, const Tensor& keys, const Tensor& values,
-                           const Heads& heads, const std::vector<Sequence>& sequences, int64_t window, double scale,
-                           double soft_cap, const std::optional<Tensor>& slopes) {
+                           int64_t window, double scale, double soft_cap, const std::optional<Tensor>& slopes) {
   Attention a{};
   a.out = out.mutable_data_ptr(), a.lse = static_cast<float*>(lse.mutable_data_ptr());
   a.q = q.const_data_ptr(), a.keys = keys.const_data_ptr(), a.values = values.const_data_ptr();
-  a.sequences = sequences.data();
-  a.heads = heads.order.data(), a.first_head = heads.first.data();
   a.slopes = slopes ? static_cast<const float*>(slopes->const_data_ptr()) : nullptr;
-  a.num_heads = q.size(1), a.num_kv_heads = heads.first.size() - 1, a.head_dim = q.size(2);
+  a.num_heads = q.size(1), a.num_kv_heads = keys.size(keys.dim() - 2), a.head_dim = q.size(2);
   a.window = window, a.scale = float(scale), a.soft_cap = float(soft_cap);
   return a;
 }

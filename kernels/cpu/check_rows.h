@@ -4,10 +4,16 @@
 
 #include <algorithm>
 
+#include "call.h"
 #include "checks.h"
 #include "kernels.h"
 
 namespace {
+
+inline Tensor copied(const char* op, const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(!is_recording(), op, ": ", name, " lies scattered, and a copy can't be recorded");
+  return torch::stable::contiguous(x);
+}
 
 // x as rows: as it is if only its first dim has an odd stride (a part of a wider matrix), else a dense copy.
 inline Tensor as_rows(const char* op, const char* name, const Tensor& x, int64_t dims) {
@@ -15,7 +21,7 @@ inline Tensor as_rows(const char* op, const char* name, const Tensor& x, int64_t
   STD_TORCH_CHECK(is_bf16(x) || x.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32 or bfloat16");
   int64_t dense = 1;
   for (int64_t i = dims - 1; i > 0; --i) {
-    if (x.size(i) != 1 && x.stride(i) != dense) return torch::stable::contiguous(x);
+    if (x.size(i) != 1 && x.stride(i) != dense) return copied(op, name, x);
     dense *= x.size(i);
   }
   return x;
@@ -25,7 +31,7 @@ inline Tensor as_rows(const char* op, const char* name, const Tensor& x, int64_t
 inline Tensor dense(const char* op, const char* name, const Tensor& x, int64_t dims, ScalarType type) {
   STD_TORCH_CHECK(x.dim() == dims, op, ": ", name, " has ", x.dim(), " dimensions, not ", dims);
   STD_TORCH_CHECK(x.scalar_type() == type, op, ": ", name, " has the wrong dtype");
-  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+  return x.is_contiguous() ? x : copied(op, name, x);
 }
 
 inline Rows rows_of(const Tensor& x) { return {x.const_data_ptr(), x.stride(0)}; }

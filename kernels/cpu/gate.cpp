@@ -22,7 +22,7 @@ template <class Gate, class T>
 void gate(const GateArgs& a, int64_t first, int64_t last) {
   for (int64_t t = first; t < last; ++t) {
     const T *gate = row_of<T>(a.gate, t), *up = row_of<T>(a.up, t);
-    T* out = (T*)a.out + t * a.width;
+    T* out = (T*)a.out + t * a.out_stride;
     each_vector(a.width, [&](int64_t i, int n) INLINE {
       const vf g = read(gate + i, n);
       write(out + i, g / (exp(-Gate::u(g)) + 1.0f) * read(up + i, n), n);

@@ -73,6 +73,7 @@ struct NormGradArgs {
 
 struct GateArgs {
   void* out;  // [T, width]
+  int64_t out_stride;
   Rows gate, up;
   int64_t width;
   bool is_gelu;

@@ -4,11 +4,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <memory>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "attention_checks.h"
+#include "calls.h"
 #include "dispatch.h"
 #include "scratch.h"
 
@@ -79,45 +82,172 @@ Work cut(const Attention& a, int64_t num_sequences) {
   return work;
 }
 
-// Runs the parts on the pool; the thread that ends the last part of a join does that.
-void run(Attention& a, int64_t num_sequences, const Tensor& q) {
-  const Work work = cut(a, num_sequences);
-  std::unique_ptr<float[]> own_parts;
-  static thread_local std::vector<float> kept_parts;
-  const size_t size = work.num_extents * a.num_heads * (padded(a.head_dim) + 2);
-  if (size > kept_parts.size() && size <= (4u << 20)) kept_parts.resize(size);
-  if (size > kept_parts.size()) own_parts.reset(new float[size]);
-  a.parts = own_parts ? own_parts.get() : kept_parts.data();
+// Whose tables of pages say where keys lie; integers that a replay finds changed.
+struct Pages {
+  Tensor chunks, table, prefix_table;  // [B, 4], [B, M], [B, M']
+  int64_t queries, page_size, num_pages;
+};
 
-  int64_t room = 0;
-  for (const AttentionPart& p : work.parts) {
-    const int64_t heads = a.first_head[p.first_kv_head + p.num_kv_heads] - a.first_head[p.first_kv_head];
-    room = std::max(room, attention_room(a.head_dim, p.num_queries * heads));
+// What all layers of a step have in common: who attends to what, and how that is cut for the threads.
+struct Plan {
+  std::optional<Pages> pages;  // none: the sequences never change
+  Heads heads;
+  int64_t head_dim;
+  std::vector<Sequence> sequences;
+  Work work;
+  std::vector<float> parts;  // Attention::parts
+  int64_t room = 0, turn = -1;
+
+  Plan(Heads of, int64_t dim) : heads(std::move(of)), head_dim(dim) {}
+
+  bool is_same(const Plan& other) const {
+    return pages && other.pages && pages->chunks.const_data_ptr() == other.pages->chunks.const_data_ptr() &&
+           pages->table.const_data_ptr() == other.pages->table.const_data_ptr() &&
+           pages->prefix_table.const_data_ptr() == other.pages->prefix_table.const_data_ptr() &&
+           pages->queries == other.pages->queries && pages->page_size == other.pages->page_size &&
+           pages->num_pages == other.pages->num_pages && heads.order == other.heads.order &&
+           heads.first == other.heads.first && head_dim == other.head_dim;
   }
-  std::vector<std::atomic<int64_t>> missing(work.joins.size());
-  for (auto& count : missing) count = 0;
-  for (const int64_t join : work.join)
-    if (join >= 0) ++missing[join];
 
-  const Kernels& k = kernels();
-  const bool low = is_bf16(q);
+  void prepare(int64_t now) {
+    if (turn == now) return;
+    if (pages) read_pages();
+    Attention a{};
+    a.sequences = sequences.data(), a.first_head = heads.first.data(), a.num_kv_heads = heads.first.size() - 1;
+    work = cut(a, sequences.size());
+    room = 0;
+    for (const AttentionPart& p : work.parts) {
+      const int64_t some = heads.first[p.first_kv_head + p.num_kv_heads] - heads.first[p.first_kv_head];
+      room = std::max(room, attention_room(head_dim, p.num_queries * some));
+    }
+    const size_t size = work.num_extents * heads.order.size() * (padded(head_dim) + 2);
+    if (parts.size() < size) parts.resize(size);
+    turn = now;
+  }
+
+ private:
+  void read_pages() {
+    const char* op = "attention_paged";
+    sequences.clear();
+    int64_t rows = 0;
+    for (int64_t b = 0; b < pages->chunks.size(0); ++b) {
+      const int64_t* c = integers(pages->chunks) + 4 * b;
+      STD_TORCH_CHECK(c[0] == rows && c[1] >= 1 && c[1] <= c[2] && c[3] >= 0, op, ": chunk ", b, " is inconsistent");
+      rows += c[1];
+      check_pages(op, "block_table", pages->table, b, c[2], pages->page_size, pages->num_pages);
+      check_pages(op, "prefix_table", pages->prefix_table, b, c[3], pages->page_size, pages->num_pages);
+      sequences.push_back({c[0], c[1], 0, c[2] + c[3], c[3], c[2] + c[3] - c[1]});
+    }
+    STD_TORCH_CHECK(rows == pages->queries, op, ": chunks hold ", rows, " queries, q ", pages->queries);
+  }
+};
+
+// Parts of attention.cpp, whoever is free takes the next; the thread that ends the last part of a join does that. Behind
+// the call that turns queries and keys, of one query a sequence, a part turns what it needs for itself.
+struct AttentionCall : Call {
+  Attention args;
+  std::shared_ptr<Plan> plan;
+  bool bf16;
+  std::unique_ptr<RotaryWriteCall> rotary;
   std::atomic<size_t> next{0};
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), work.parts.size());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+  std::vector<std::atomic<int64_t>> missing;  // parts of each join
+
+  AttentionCall(const Attention& of, std::shared_ptr<Plan> by, bool is_bf16) : args(of), plan(std::move(by)), bf16(is_bf16) {}
+
+  void prepare(int64_t turn) override {
+    plan->prepare(turn);
+    args.sequences = plan->sequences.data(), args.parts = plan->parts.data();
+    args.heads = plan->heads.order.data(), args.first_head = plan->heads.first.data();
+    next = 0;
+    if (missing.size() != plan->work.joins.size()) missing = std::vector<std::atomic<int64_t>>(plan->work.joins.size());
+    for (auto& count : missing) count = 0;
+    for (const int64_t join : plan->work.join)
+      if (join >= 0) ++missing[join];
+    if (rotary) check_slots(turn);
+  }
+
+  int64_t most_threads() const override { return plan->work.parts.size(); }
+
+  void work(int64_t, int64_t) override {
+    const Kernels& k = kernels();
+    const Work& work = plan->work;
     Scratch scratch;
-    float* const memory = scratch.floats(room);
-    for (; first < last; ++first)
-      for (size_t i = next++; i < work.parts.size(); i = next++) {
-        k.attend(a, work.parts[i], memory, low);
-        const int64_t join = work.join[i];
-        if (join >= 0 && --missing[join] == 0)
-          k.attend_join(a, work.parts[i], work.joins[join].first, work.joins[join].last, memory, low);
-      }
-  });
+    float* const memory = scratch.floats(plan->room);
+    std::vector<char>& turned = queries();
+    Attention own = args;
+    for (size_t i = next++; i < work.parts.size(); i = next++) {
+      const AttentionPart& part = work.parts[i];
+      if (rotary) own.q = turn(part, turned);
+      k.attend(own, part, memory, bf16);
+      const int64_t join = work.join[i];
+      if (join >= 0 && --missing[join] == 0)
+        k.attend_join(own, part, work.joins[join].first, work.joins[join].last, memory, bf16);
+    }
+  }
+
+  bool follow(std::unique_ptr<Call>& before) override {
+    RotaryWriteCall* turns = dynamic_cast<RotaryWriteCall*>(before.get());
+    if (!turns || !plan->pages || turns->q.out != args.q || turns->pages.keys != args.keys ||
+        turns->pages.values != args.values || plan->pages->chunks.size(0) != turns->rows)
+      return false;
+    before.release();
+    rotary.reset(turns);
+    return true;
+  }
+
+ private:
+  static std::vector<char>& queries() {
+    static thread_local std::vector<char> kept;
+    return kept;
+  }
+
+  // A part reads all keys but those it writes, so each sequence's must be its last.
+  void check_slots(int64_t turn) const {
+    rotary->prepare(turn);
+    for (size_t b = 0; b < plan->sequences.size(); ++b) {
+      const Sequence& s = plan->sequences[b];
+      const int64_t last = s.keys - s.prefix - 1;
+      const int64_t slot = args.table[b * args.table_width + last / args.page_size] * args.page_size + last % args.page_size;
+      STD_TORCH_CHECK(rotary->pages.slots[b] == slot, "rotary_write: slots[", b, "]=", rotary->pages.slots[b],
+                      " is not that of the last key, ", slot, ", as it was when recorded");
+    }
+  }
+
+  // Turns the queries of a part's sequence into `to`; with the last key, that key. Returns q as if all were there.
+  const void* turn(const AttentionPart& part, std::vector<char>& to) const {
+    const Kernels& k = kernels();
+    const Sequence& s = args.sequences[part.sequence];
+    const int64_t size = bf16 ? 2 : 4, row = args.num_heads * args.head_dim * size, t = s.first_query;
+    if (int64_t(to.size()) < row) to.resize(row);
+    const auto at = [&](const Rows& rows) { return static_cast<const char*>(rows.data) + t * rows.stride * size; };
+    RotaryArgs q = rotary->q;
+    q.out = to.data(), q.x.data = at(q.x), q.cos += t * q.head_dim, q.sin += t * q.head_dim;
+    k.rotary(q, 0, 1, bf16);
+    if (part.last_key == s.keys) {
+      const PagesArgs& pages = rotary->pages;
+      const int64_t first = part.first_kv_head * args.head_dim * size, some = part.num_kv_heads * args.head_dim * size;
+      const int64_t place = pages.slots[t] * pages.num_kv_heads * args.head_dim * size + first;
+      const RotaryArgs key{static_cast<char*>(pages.keys) + place, {at(pages.k) + first, 0}, q.cos, q.sin,
+                           part.num_kv_heads, args.head_dim, 1.0f};
+      k.rotary(key, 0, 1, bf16);
+      std::memcpy(static_cast<char*>(pages.values) + place, at(pages.v) + first, some);
+      if (part.first_kv_head == 0) std::memcpy(static_cast<char*>(rotary->q.out) + t * row, to.data(), row);
+    }
+    return to.data() - t * row;
+  }
+};
+
+// The plan of the last call with pages in this recording, which the layers behind it share.
+std::shared_ptr<Plan> shared(std::shared_ptr<Plan> plan) {
+  static thread_local std::weak_ptr<Plan> last;
+  if (!is_recording()) return plan;
+  if (const std::shared_ptr<Plan> other = last.lock(); other && other->is_same(*plan)) return other;
+  last = plan;
+  return plan;
 }
 
 std::tuple<Tensor, Tensor> attention_paged(const Tensor q, const Tensor keys, const Tensor values, const Tensor chunks,
-                                           const Tensor table, const Tensor prefix_table, const Tensor kv_index,
+                                           const Tensor table, const Tensor prefix_table, const std::vector<int64_t> kv_index,
                                            int64_t window, double scale, double soft_cap,
                                            const std::optional<Tensor> slopes) {
   const char* op = "attention_paged";
@@ -130,42 +260,31 @@ std::tuple<Tensor, Tensor> attention_paged(const Tensor q, const Tensor keys, co
   STD_TORCH_CHECK(prefix_table.size(0) == chunks.size(0), op, ": prefix_table has not one row per chunk");
   STD_TORCH_CHECK(keys.size(1) > 0, op, ": key_cache has pages without slots");
   check_options(op, window, soft_cap, slopes, q.size(1));
-  const Heads heads(op, kv_index, q.size(1), keys.size(2));
+  auto plan = std::make_shared<Plan>(Heads(op, kv_index, q.size(1), keys.size(2)), q.size(2));
+  plan->pages = Pages{chunks, table, prefix_table, q.size(0), keys.size(1), keys.size(0)};
 
-  std::vector<Sequence> sequences;
-  int64_t rows = 0;
-  for (int64_t b = 0; b < chunks.size(0); ++b) {
-    const int64_t* c = integers(chunks) + 4 * b;
-    STD_TORCH_CHECK(c[0] == rows && c[1] >= 1 && c[1] <= c[2] && c[3] >= 0, op, ": chunk ", b, " is inconsistent");
-    rows += c[1];
-    check_pages(op, "block_table", table, b, c[2], keys.size(1), keys.size(0));
-    check_pages(op, "prefix_table", prefix_table, b, c[3], keys.size(1), keys.size(0));
-    sequences.push_back({c[0], c[1], 0, c[2] + c[3], c[3], c[2] + c[3] - c[1]});
-  }
-  STD_TORCH_CHECK(rows == q.size(0), op, ": chunks hold ", rows, " queries, q ", q.size(0));
-
-  Tensor out = torch::stable::empty_like(q);
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, ScalarType::Float);
-  Attention a = arguments(out, lse, q, keys, values, heads, sequences, window, scale, soft_cap, slopes);
+  Tensor out = new_result(q, {q.size(0), q.size(1), q.size(2)});
+  Tensor lse = new_result(q, {q.size(0), q.size(1)}, ScalarType::Float);
+  Attention a = arguments(out, lse, q, keys, values, window, scale, soft_cap, slopes);
   a.table = integers(table), a.table_width = table.size(1);
   a.prefix_table = integers(prefix_table), a.prefix_width = prefix_table.size(1);
   a.page_size = keys.size(1);
-  run(a, sequences.size(), q);
+  run(std::make_unique<AttentionCall>(a, shared(std::move(plan)), is_bf16(q)));
   return {out, lse};
 }
 
 std::tuple<Tensor, Tensor> attention_varlen(const Tensor q, const Tensor k, const Tensor v, const Tensor documents,
-                                            const Tensor kv_index, int64_t window, double scale, double soft_cap,
+                                            const std::vector<int64_t> kv_index, int64_t window, double scale, double soft_cap,
                                             const std::optional<Tensor> slopes) {
   const char* op = "attention_varlen";
   check_inputs(op, q, "k", k, "v", v, 3);
   check_options(op, window, soft_cap, slopes, q.size(1));
-  const Heads heads(op, kv_index, q.size(1), k.size(1));
-  const std::vector<Sequence> sequences = check_documents(op, documents, q.size(0), k.size(0));
-  Tensor out = torch::stable::empty_like(q);
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, ScalarType::Float);
-  Attention a = arguments(out, lse, q, k, v, heads, sequences, window, scale, soft_cap, slopes);
-  run(a, sequences.size(), q);
+  auto plan = std::make_shared<Plan>(Heads(op, kv_index, q.size(1), k.size(1)), q.size(2));
+  plan->sequences = check_documents(op, documents, q.size(0), k.size(0));
+  Tensor out = new_result(q, {q.size(0), q.size(1), q.size(2)});
+  Tensor lse = new_result(q, {q.size(0), q.size(1)}, ScalarType::Float);
+  Attention a = arguments(out, lse, q, k, v, window, scale, soft_cap, slopes);
+  run(std::make_unique<AttentionCall>(a, std::move(plan), is_bf16(q)));
   return {out, lse};
 }
 
@@ -174,10 +293,10 @@ std::tuple<Tensor, Tensor> attention_varlen(const Tensor q, const Tensor k, cons
 STABLE_TORCH_LIBRARY_FRAGMENT(onemesh, m) {
   m.def(
       "attention_paged(Tensor q, Tensor key_cache, Tensor value_cache, Tensor chunks, Tensor block_table, "
-      "Tensor prefix_table, Tensor kv_index, int window, float scale, float soft_cap, Tensor? slopes) "
+      "Tensor prefix_table, int[] kv_index, int window, float scale, float soft_cap, Tensor? slopes) "
       "-> (Tensor, Tensor)");
   m.def(
-      "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor documents, Tensor kv_index, int window, float scale, "
+      "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor documents, int[] kv_index, int window, float scale, "
       "float soft_cap, Tensor? slopes) -> (Tensor, Tensor)");
 }
 

@@ -92,7 +92,7 @@ void run(const Attention& a, const AttentionGrads& grads, const std::vector<Sequ
 
 std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward(
     const std::optional<Tensor> grad_out, const std::optional<Tensor> grad_lse, const Tensor q, const Tensor k,
-    const Tensor v, const Tensor out, const Tensor lse, const Tensor documents, const Tensor kv_index, int64_t window,
+    const Tensor v, const Tensor out, const Tensor lse, const Tensor documents, const std::vector<int64_t> kv_index, int64_t window,
     double scale, double soft_cap, const std::optional<Tensor> slopes) {
   const char* op = "attention_varlen_backward";
   check_inputs(op, q, "k", k, "v", v, 3);
@@ -110,8 +110,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward(
   }
   Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k), dv = torch::stable::empty_like(v);
   Tensor same_out = out, same_lse = lse;  // handles: only read
-  const Attention a =
-      arguments(same_out, same_lse, q, k, v, heads, sequences, window, scale, soft_cap, slopes);
+  Attention a = arguments(same_out, same_lse, q, k, v, window, scale, soft_cap, slopes);
+  a.sequences = sequences.data(), a.heads = heads.order.data(), a.first_head = heads.first.data();
   const AttentionGrads grads{dq.mutable_data_ptr(), dk.mutable_data_ptr(), dv.mutable_data_ptr(),
                              grad_out ? grad_out->const_data_ptr() : nullptr,
                              grad_lse ? static_cast<const float*>(grad_lse->const_data_ptr()) : nullptr};
@@ -124,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(onemesh, m) {
   m.def(
       "attention_varlen_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
-      "Tensor lse, Tensor documents, Tensor kv_index, int window, float scale, float soft_cap, Tensor? slopes) "
+      "Tensor lse, Tensor documents, int[] kv_index, int window, float scale, float soft_cap, Tensor? slopes) "
       "-> (Tensor, Tensor, Tensor)");
 }
 

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "check_rows.h"
@@ -9,25 +10,37 @@
 
 namespace {
 
-Tensor checked_ids(const char* op, const Tensor& ids, int64_t num_rows) {
-  const Tensor all = dense(op, "ids", ids, 1, ScalarType::Long);
-  for (int64_t t = 0; t < all.size(0); ++t)
-    STD_TORCH_CHECK(integers(all)[t] >= 0 && integers(all)[t] < num_rows, op, ": ids[", t, "]=", integers(all)[t],
-                    " of ", num_rows, " rows");
-  return all;
+void check_ids(const char* op, const int64_t* ids, int64_t count, int64_t num_rows) {
+  for (int64_t t = 0; t < count; ++t)
+    STD_TORCH_CHECK(ids[t] >= 0 && ids[t] < num_rows, op, ": ids[", t, "]=", ids[t], " of ", num_rows, " rows");
 }
+
+// Copies of rows.
+struct EmbeddingCall : Call {
+  char* to;
+  const char* from;
+  const int64_t* ids;
+  int64_t count, num_rows, bytes, stride;  // in bytes
+
+  void prepare(int64_t) override { check_ids("embedding", ids, count, num_rows); }
+  int64_t most_threads() const override { return threads_for(count, bytes / 4); }
+  void work(int64_t thread, int64_t threads) override {
+    const Share share(count, thread, threads);
+    for (int64_t t = share.first; t < share.last; ++t) std::memcpy(to + t * bytes, from + ids[t] * stride, bytes);
+  }
+};
 
 Tensor embedding(const Tensor ids, const Tensor weight) {
   const Tensor table = as_rows("embedding", "weight", weight, 2);
-  const Tensor all = checked_ids("embedding", ids, weight.size(0));
-  const int64_t* id = integers(all);
-  Tensor out = torch::stable::new_empty(weight, {ids.size(0), weight.size(1)});
-  const size_t element = is_bf16(weight) ? 2 : 4, bytes = weight.size(1) * element, stride = table.stride(0) * element;
-  char* to = static_cast<char*>(out.mutable_data_ptr());
-  const char* from = static_cast<const char*>(table.const_data_ptr());
-  share_rows(ids.size(0), weight.size(1), [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t) std::memcpy(to + t * bytes, from + id[t] * stride, bytes);
-  });
+  const Tensor all = dense("embedding", "ids", ids, 1, ScalarType::Long);
+  Tensor out = new_result(weight, {ids.size(0), weight.size(1)});
+  auto call = std::make_unique<EmbeddingCall>();
+  const int64_t element = is_bf16(weight) ? 2 : 4;
+  call->to = static_cast<char*>(out.mutable_data_ptr());
+  call->from = static_cast<const char*>(table.const_data_ptr());
+  call->ids = integers(all), call->count = ids.size(0), call->num_rows = weight.size(0);
+  call->bytes = weight.size(1) * element, call->stride = table.stride(0) * element;
+  run(std::move(call));
   return out;
 }
 
@@ -35,8 +48,9 @@ Tensor embedding_backward(const Tensor grad, const Tensor ids, int64_t num_rows)
   const char* op = "embedding_backward";
   const Tensor grads = as_rows(op, "grad", grad, 2);
   STD_TORCH_CHECK(num_rows >= 0, op, ": num_rows=", num_rows, " is negative");
-  const Tensor all = checked_ids(op, ids, num_rows);
+  const Tensor all = dense(op, "ids", ids, 1, ScalarType::Long);
   const int64_t* id = integers(all);
+  check_ids(op, id, ids.size(0), num_rows);
   STD_TORCH_CHECK(ids.size(0) == grad.size(0), op, ": ids has ", ids.size(0), " entries, grad ", grad.size(0), " rows");
   // Tokens by id, ascending within an id.
   std::vector<int64_t> starts(num_rows + 1), tokens(ids.size(0));

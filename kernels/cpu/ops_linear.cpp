@@ -3,11 +3,15 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstring>
+#include <memory>
 #include <optional>
 #include <vector>
 
+#include "calls.h"
 #include "checks.h"
 #include "dispatch.h"
+#include "scratch.h"
 
 namespace {
 
@@ -50,14 +54,6 @@ void check_rows(const char* op, const char* name, const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 2, op, ": ", name, " has ", x.dim(), " dimensions, not 2");
   STD_TORCH_CHECK(is_bf16(x) || x.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32 or bfloat16");
   STD_TORCH_CHECK(x.size(1) <= 1 || x.stride(1) == 1, op, ": ", name, "'s rows are not contiguous");
-}
-
-void run(const std::vector<LinearArgs>& calls, int64_t segments, bool bf16) {
-  const Kernels& k = kernels();
-  const int64_t threads = torch::stable::get_num_threads();
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    for (; first < last; ++first) k.linear(calls.data(), calls.size() / segments, segments, first, threads, bf16);
-  });
 }
 
 // What an update adds to rows first .. last - 1 of one part: h b^T.
@@ -115,7 +111,7 @@ Tensor linears(const Tensor x, const std::vector<Tensor> packed, const std::vect
   }
   const bool bf16 = is_bf16(x);
   const int64_t size = bf16 ? 2 : 4, out_size = float_out ? 4 : size;
-  Tensor out = torch::stable::new_empty(x, {rows, width}, float_out ? ScalarType::Float : x.scalar_type());
+  Tensor out = new_result(x, {rows, width}, float_out ? ScalarType::Float : x.scalar_type());
   const std::vector<int64_t> at = cuts(where, rows);
   const int64_t segments = at.size() - 1;
   std::vector<LinearArgs> calls(parts * segments);
@@ -137,7 +133,7 @@ Tensor linears(const Tensor x, const std::vector<Tensor> packed, const std::vect
     }
     column += widths[i];
   }
-  if (!calls.empty()) run(calls, segments, bf16);
+  if (!calls.empty()) run(std::make_unique<LinearCall>(std::move(calls), segments, bf16));
   return out;
 }
 
@@ -156,10 +152,10 @@ Tensor sum_of_products(const std::vector<Tensor> x, const std::vector<Tensor> pa
     args.products[i] = {x[i].const_data_ptr(), x[i].stride(0), x[i].size(1), packed[i].const_data_ptr()};
   }
   const bool bf16 = is_bf16(x[0]);
-  Tensor out = torch::stable::new_empty(x[0], {x[0].size(0), out_width}, float_out ? ScalarType::Float : x[0].scalar_type());
+  Tensor out = new_result(x[0], {x[0].size(0), out_width}, float_out ? ScalarType::Float : x[0].scalar_type());
   args.out = out.mutable_data_ptr(), args.rows = x[0].size(0), args.out_stride = args.out_width = out_width;
   args.num_products = int(x.size()), args.float_out = float_out || !bf16;
-  run({args}, 1, bf16);
+  run(std::make_unique<LinearCall>(std::vector{args}, 1, bf16));
   return out;
 }
 
@@ -197,7 +193,7 @@ void weight_gradient(Tensor out, const Tensor grad, const Tensor x, bool accumul
     args.out = out.mutable_data_ptr(), args.rows = n, args.out_stride = args.out_width = k;
     args.products[0] = {turned.const_data_ptr(), turned_stride, turned_stride, packed.const_data_ptr()};
     args.num_products = 1, args.float_out = true, args.accumulate = accumulate || t > 0;
-    run({args}, 1, bf16);
+    run(std::make_unique<LinearCall>(std::vector{args}, 1, bf16));
   }
 }
 
@@ -211,21 +207,95 @@ Tensor unpack(const Tensor packed, int64_t out_width, int64_t in_width) {
   return out;
 }
 
+// Rows of a packed weight.
+struct GatherCall : Call {
+  void* to;
+  const void* packed;
+  const int64_t* ids;
+  int64_t count, out_width, in_width;
+  bool bf16;
+
+  void prepare(int64_t) override {
+    for (int64_t t = 0; t < count; ++t)
+      STD_TORCH_CHECK(ids[t] >= 0 && ids[t] < out_width, "packed_rows: ids[", t, "]=", ids[t], " of ", out_width, " rows");
+  }
+  int64_t most_threads() const override { return threads_for(count, 4 * in_width); }  // its elements lie apart
+  void work(int64_t thread, int64_t threads) override {
+    const Share share(count, thread, threads);
+    kernels().gather(to, packed, ids, in_width, share.first, share.last, bf16);
+  }
+};
+
 Tensor packed_rows(const Tensor ids, const Tensor packed, int64_t out_width, int64_t in_width) {
   check_type("packed_rows", "ids", ids, 1, ScalarType::Long);
   check_packed("packed_rows", "packed", packed, out_width, in_width);
-  const int64_t* id = static_cast<const int64_t*>(ids.const_data_ptr());
-  for (int64_t t = 0; t < ids.size(0); ++t)
-    STD_TORCH_CHECK(id[t] >= 0 && id[t] < out_width, "packed_rows: ids[", t, "]=", id[t], " of ", out_width, " rows");
-  Tensor out = torch::stable::new_empty(packed, {ids.size(0), in_width});
-  const Kernels& k = kernels();
-  torch::stable::parallel_for(0, ids.size(0), 8, [&](int64_t first, int64_t last) {
-    k.gather(out.mutable_data_ptr(), packed.const_data_ptr(), id, in_width, first, last, is_bf16(packed));
-  });
+  Tensor out = new_result(packed, {ids.size(0), in_width});
+  auto call = std::make_unique<GatherCall>();
+  call->to = out.mutable_data_ptr(), call->packed = packed.const_data_ptr(), call->ids = integers(ids);
+  call->count = ids.size(0), call->out_width = out_width, call->in_width = in_width, call->bf16 = is_bf16(packed);
+  run(std::move(call));
   return out;
 }
 
 }  // namespace
+
+void LinearCall::work(int64_t thread, int64_t threads) {
+  const std::vector<LinearArgs>& mine = norm_ ? normed(thread, threads) : calls;
+  kernels().linear(mine.data(), mine.size() / segments, segments, thread, threads, bf16);
+}
+
+void LinearCall::panels(int64_t thread, int64_t threads, int64_t first, int64_t last) {
+  std::vector<LinearArgs> mine = norm_ ? normed(thread, threads) : calls;
+  if (first >= last) return;
+  const int64_t size = bf16 ? 2 : 4, column = first * PANEL;
+  for (LinearArgs& args : mine) {
+    args.out = static_cast<char*>(args.out) + column * (args.float_out ? 4 : size);
+    args.out_width = std::min(last * PANEL, args.out_width) - column;
+    if (args.bias) args.bias = static_cast<const char*>(args.bias) + column * size;
+    for (int p = 0; p < args.num_products; ++p) {
+      const int64_t units = (args.products[p].in_width * size + 3) / 4;  // of 4 bytes
+      args.products[p].weight = static_cast<const char*>(args.products[p].weight) + column * units * 4;
+    }
+  }
+  kernels().linear(mine.data(), mine.size() / segments, segments, 0, 1, bf16);
+}
+
+bool LinearCall::follow(std::unique_ptr<Call>& before) {
+  constexpr int64_t MOST_ELEMENTS = 8192;  // that every thread norms: more take longer than waiting for the others
+  NormCall* norm = dynamic_cast<NormCall*>(before.get());
+  if (!norm || norm->rows * norm->args.width > MOST_ELEMENTS || norm->bf16 != bf16) return false;
+  const char* first = static_cast<const char*>(norm->args.out);
+  const char* last = first + norm->rows * norm->args.width * (bf16 ? 2 : 4);
+  for (const LinearArgs& args : calls) {
+    const char* x = static_cast<const char*>(args.products[0].x);
+    if (x < first || x >= last) return false;
+  }
+  before.release();
+  norm_.reset(norm);
+  return true;
+}
+
+// The calls with x in this thread's own memory, normed there; what others will read of it, and of the sum, is written
+// by each thread for some rows.
+std::vector<LinearArgs> LinearCall::normed(int64_t thread, int64_t threads) {
+  const NormArgs& shared = norm_->args;
+  const int64_t size = bf16 ? 2 : 4, row = shared.width * size, bytes = (norm_->rows * row + 63) / 64 * 64;
+  static thread_local Scratch scratch;
+  char* const out = reinterpret_cast<char*>(scratch.floats(bytes / 2));
+  NormArgs own = shared;
+  own.out = out;
+  if (shared.sum) own.sum = out + bytes;
+  kernels().norm(own, 0, norm_->rows, bf16);
+  const Share share(norm_->rows, thread, threads);
+  const int64_t at = share.first * row, some = (share.last - share.first) * row;
+  std::memcpy(static_cast<char*>(shared.out) + at, out + at, some);
+  if (shared.sum) std::memcpy(static_cast<char*>(shared.sum) + at, out + bytes + at, some);
+
+  std::vector<LinearArgs> mine = calls;
+  for (LinearArgs& args : mine)
+    args.products[0].x = out + (static_cast<const char*>(args.products[0].x) - static_cast<const char*>(shared.out));
+  return mine;
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(onemesh, m) {
   m.def("empty_packed(Tensor like, int out_width, int in_width) -> Tensor");

@@ -4,6 +4,7 @@
 #include <optional>
 #include <tuple>
 
+#include "calls.h"
 #include "check_rows.h"
 #include "dispatch.h"
 
@@ -16,16 +17,13 @@ Tensor checked_weight(const char* op, const Tensor& weight, const Tensor& x) {
   return entries;
 }
 
-void run(const NormArgs& args, const Tensor& x) {
-  const Kernels& k = kernels();
-  share_rows(x.size(0), args.width, [&](int64_t first, int64_t last) { k.norm(args, first, last, is_bf16(x)); });
-}
+void norm(const NormArgs& args, const Tensor& x) { run(std::make_unique<NormCall>(args, x.size(0), is_bf16(x))); }
 
 Tensor rms_norm(const Tensor x, const Tensor weight, double eps) {
   const Tensor from = as_rows("rms_norm", "x", x, 2);
   const Tensor entries = checked_weight("rms_norm", weight, x);
-  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
-  run({out.mutable_data_ptr(), nullptr, rows_of(from), {}, entries.const_data_ptr(), float(eps), x.size(1)}, x);
+  Tensor out = new_result(x, {x.size(0), x.size(1)});
+  norm({out.mutable_data_ptr(), nullptr, rows_of(from), {}, entries.const_data_ptr(), float(eps), x.size(1)}, x);
   return out;
 }
 
@@ -33,9 +31,9 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor x, const Tensor delta, cons
   const Tensor from = as_rows("add_rms_norm", "x", x, 2), added = as_rows("add_rms_norm", "delta", delta, 2);
   check_shape("add_rms_norm", "delta", delta, "x", x);
   const Tensor entries = checked_weight("add_rms_norm", weight, x);
-  Tensor sum = torch::stable::new_empty(x, {x.size(0), x.size(1)});
-  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
-  run({out.mutable_data_ptr(), sum.mutable_data_ptr(), rows_of(from), rows_of(added), entries.const_data_ptr(),
+  Tensor sum = new_result(x, {x.size(0), x.size(1)});
+  Tensor out = new_result(x, {x.size(0), x.size(1)});
+  norm({out.mutable_data_ptr(), sum.mutable_data_ptr(), rows_of(from), rows_of(added), entries.const_data_ptr(),
        float(eps), x.size(1)},
       x);
   return {sum, out};
@@ -68,6 +66,11 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor grad, const std::optio
 }
 
 }  // namespace
+
+void NormCall::work(int64_t thread, int64_t threads) {
+  const Share share(rows, thread, threads);
+  kernels().norm(args, share.first, share.last, bf16);
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(onemesh, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");

@@ -1,8 +1,12 @@
 // The ops of rotary.cpp: checks the arguments, then hands out rows.
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
+#include <memory>
+#include <tuple>
 #include <utility>
 
+#include "calls.h"
 #include "check_rows.h"
 #include "dispatch.h"
 
@@ -23,6 +27,42 @@ struct Angles {
             static_cast<const float*>(sin.const_data_ptr()), x.size(1), x.size(2), sign};
   }
 };
+
+// cos and sin of position * frequency, times factor, both halves of a row the same.
+struct AnglesCall : Call {
+  float *cos, *sin;  // [T, 2 half]
+  const int64_t* positions;
+  const double* frequency;
+  double factor;
+  int64_t rows, half;
+
+  int64_t most_threads() const override { return threads_for(rows, 64 * half); }  // 64 times the work of an addition
+  void work(int64_t thread, int64_t threads) override {
+    const Share share(rows, thread, threads);
+    for (int64_t t = share.first; t < share.last; ++t)
+      for (int64_t i = 0; i < half; ++i) {
+        const double angle = double(positions[t]) * frequency[i];
+        const int64_t at = 2 * t * half + i;
+        cos[at] = cos[at + half] = float(std::cos(angle) * factor);
+        sin[at] = sin[at + half] = float(std::sin(angle) * factor);
+      }
+  }
+};
+
+std::tuple<Tensor, Tensor> rotary_angles(const Tensor position, const Tensor frequency, double factor) {
+  const char* op = "rotary_angles";
+  const Tensor positions = dense(op, "position", position, 1, ScalarType::Long);
+  const Tensor frequencies = dense(op, "frequency", frequency, 1, ScalarType::Double);
+  const int64_t rows = position.size(0), half = frequency.size(0);
+  Tensor cos = new_result(position, {rows, 2 * half}, ScalarType::Float);
+  Tensor sin = new_result(position, {rows, 2 * half}, ScalarType::Float);
+  auto call = std::make_unique<AnglesCall>();
+  call->cos = static_cast<float*>(cos.mutable_data_ptr()), call->sin = static_cast<float*>(sin.mutable_data_ptr());
+  call->positions = integers(positions), call->frequency = static_cast<const double*>(frequencies.const_data_ptr());
+  call->factor = factor, call->rows = rows, call->half = half;
+  run(std::move(call));
+  return {cos, sin};
+}
 
 Tensor rotary(const Tensor x, const Tensor cos, const Tensor sin, bool inverse) {
   const Tensor from = as_rows("rotary", "x", x, 3);
@@ -51,23 +91,30 @@ Tensor rotary_write(const Tensor q, const Tensor k, const Tensor v, const Tensor
   check_shape(op, "value_cache", value_cache, "key_cache", key_cache);
   const Tensor places = dense(op, "slots", slots, 1, ScalarType::Long);
   STD_TORCH_CHECK(slots.size(0) == q.size(0), op, ": slots has ", slots.size(0), " entries for ", q.size(0), " tokens");
-  const int64_t num_slots = key_cache.size(0) * key_cache.size(1);
-  for (int64_t t = 0; t < slots.size(0); ++t)
-    STD_TORCH_CHECK(integers(places)[t] >= 0 && integers(places)[t] < num_slots, op, ": slots[", t, "]=",
-                    integers(places)[t], " of ", num_slots, " slots");
-  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
+  Tensor out = new_result(q, {q.size(0), q.size(1), q.size(2)});
   const RotaryArgs args = angles.args(out, qs, 1.0f);
   const PagesArgs pages{key_cache.mutable_data_ptr(), value_cache.mutable_data_ptr(), rows_of(ks), rows_of(vs),
                         integers(places), k.size(1)};
-  const Kernels& table = kernels();
-  share_rows(q.size(0), (q.size(1) + 2 * k.size(1)) * q.size(2),
-             [&](int64_t first, int64_t last) { table.rotary_write(args, pages, first, last, is_bf16(q)); });
+  const int64_t num_slots = key_cache.size(0) * key_cache.size(1);
+  run(std::make_unique<RotaryWriteCall>(args, pages, q.size(0), num_slots, is_bf16(q)));
   return out;
 }
 
 }  // namespace
 
+void RotaryWriteCall::prepare(int64_t) {
+  for (int64_t t = 0; t < rows; ++t)
+    STD_TORCH_CHECK(pages.slots[t] >= 0 && pages.slots[t] < num_slots, "rotary_write: slots[", t, "]=", pages.slots[t],
+                    " of ", num_slots, " slots");
+}
+
+void RotaryWriteCall::work(int64_t thread, int64_t threads) {
+  const Share share(rows, thread, threads);
+  kernels().rotary_write(q, pages, share.first, share.last, bf16);
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(onemesh, m) {
+  m.def("rotary_angles(Tensor position, Tensor frequency, float factor) -> (Tensor, Tensor)");
   m.def("rotary(Tensor x, Tensor cos, Tensor sin, bool inverse=False) -> Tensor");
   m.def(
       "rotary_write(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) key_cache, Tensor(b!) value_cache, "
@@ -75,6 +122,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(onemesh, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(onemesh, CPU, m) {
+  m.impl("rotary_angles", TORCH_BOX(&rotary_angles));
   m.impl("rotary", TORCH_BOX(&rotary));
   m.impl("rotary_write", TORCH_BOX(&rotary_write));
 }

@@ -84,7 +84,7 @@ class Decoder(nn.Module):
         if self.stage.is_first:
             assert self.embed_tokens is not None
             x = self.embed_tokens(x)
-        angles = rope.angles(step.position_T, self.rope_frequency, self.rope_factor, self.dtype)
+        angles = self.ops.rotary_angles(step.position_T, self.rope_frequency, self.rope_factor, self.dtype)
         delta: Tensor | None = None  # of the last block, not yet added to x
         for layer in self.layers.values():
             if step.recompute:  # of the sum: one tensor a block is kept

@@ -1,4 +1,4 @@
-"""Rotary position embedding: angles per position, with the scalings of the Llama family.
+"""Rotary position embedding: the frequencies, with the scalings of the Llama family.
 
 Plain RoPE is arXiv:2104.09864; `linear` is position interpolation (arXiv:2306.15595); `llama3` is Meta's
 piecewise scaling of Llama 3.1; `yarn` is arXiv:2309.00071 (NTK-by-parts, sec. 3.2, and the attention factor,
@@ -28,14 +28,6 @@ def frequencies(architecture: Architecture) -> tuple[Tensor, float]:
         return _llama3(plain, scaling), 1.0
     assert scaling.kind == "yarn", scaling.kind
     return _yarn(plain, scaling, architecture)
-
-
-def angles(position_T: Tensor, frequency: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, H] of the positions, halves repeated; float32, or float64 where `dtype` is."""
-    half = position_T.to(torch.float64)[:, None] * frequency
-    angle = torch.cat((half, half), dim=-1)
-    work = torch.float64 if dtype == torch.float64 else torch.float32
-    return (angle.cos() * factor).to(work), (angle.sin() * factor).to(work)
 
 
 def _llama3(plain: Tensor, scaling: RopeScaling) -> Tensor:

@@ -99,7 +99,8 @@ def test_nothing_but_the_chosen_kernels_uses_wide_registers():
     assert any("attend_generic" in symbol for symbol in symbols)
     weak = [symbol[2:] for symbol in symbols if symbol[0] in "WVu"]
     libraries = ("std::", "c10::", "torch::", "typeinfo", "vtable", "guard variable", "void std::", "void torch::")
-    assert not [symbol for symbol in weak if not symbol.startswith(libraries)]
+    ops = "Call::"  # classes of call.h and calls.h, which no kernel includes
+    assert not [symbol for symbol in weak if not symbol.startswith(libraries) and ops not in symbol]
 
 
 def test_without_the_library_torch_does_the_work(monkeypatch, tmp_path):
@@ -211,7 +212,7 @@ def attend(**changes):
         "chunks": torch.tensor([[0, 2, 5, 0], [2, 1, 1, 3]]),
         "block_table": torch.tensor([[0, 1], [2, -1]]),
         "prefix_table": torch.tensor([[0], [3]]),
-        "kv_index": torch.tensor([0, 0]),
+        "kv_index": [0, 0],
         "window": 0,
         "scale": 1.0,
         "soft_cap": 0.0,
@@ -233,8 +234,8 @@ BAD = {
         "q has an odd head dim 7",
     ),
     "no slots": ({"key_cache": torch.zeros(4, 0, 1, 8), "value_cache": torch.zeros(4, 0, 1, 8)}, "without slots"),
-    "kv_index: value": ({"kv_index": torch.tensor([0, 1])}, r"kv_index\[1\]=1 of 1 kv heads"),
-    "kv_index: length": ({"kv_index": torch.tensor([0])}, "kv_index has not one entry per head"),
+    "kv_index: value": ({"kv_index": [0, 1]}, r"kv_index\[1\]=1 of 1 kv heads"),
+    "kv_index: length": ({"kv_index": [0]}, "kv_index has not one entry per head"),
     "block_table: page": ({"block_table": torch.tensor([[0, 4], [2, 0]])}, "block_table of chunk 0 names page 4 of 4"),
     "block_table: negative": ({"block_table": torch.tensor([[0, 1], [-1, 0]])}, "block_table of chunk 1 names page -1"),
     "block_table: narrow": ({"block_table": torch.tensor([[0], [2]])}, "block_table has too few pages for chunk 0"),

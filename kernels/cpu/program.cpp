@@ -1,0 +1,215 @@
+// Programs: the kernel calls of a function, recorded once and replayed without Python, by threads that stay awake.
+//
+// While a program is recorded every op runs as always, and its call is kept. Results live in the program's own memory:
+// what was freed is given out again, so a replay uses the same few cache lines over and over. A replay works with the
+// addresses of the recording: new inputs are written into the tensors of then.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <deque>
+#include <map>
+#include <vector>
+
+#include "call.h"
+#include "checks.h"
+
+namespace {
+
+// Memory that is given out in blocks of one size each. A block that is freed waits for two more calls: calls that are
+// joined (`Call::follow`) work at the same time, and one must not overwrite what the other still reads.
+class Arena {
+ public:
+  ~Arena() {
+    for (void* block : blocks_) std::free(block);
+  }
+  void* take(size_t size, int64_t calls) {
+    while (!freed_.empty() && freed_.front().at + CALLS_JOINED <= calls) {
+      free_[freed_.front().size].push_back(freed_.front().block);
+      freed_.pop_front();
+    }
+    std::vector<void*>& some = free_[size];
+    if (some.empty()) {
+      some.push_back(std::aligned_alloc(LINE, (size + LINE) / LINE * LINE));
+      STD_TORCH_CHECK(some.back(), "record: no memory for ", size, " bytes");
+      blocks_.push_back(some.back());
+    }
+    void* block = some.back();
+    some.pop_back();
+    return block;
+  }
+  void give(void* block, size_t size, int64_t calls) { freed_.push_back({block, size, calls}); }
+
+ private:
+  static constexpr int64_t CALLS_JOINED = 3;
+  static constexpr size_t LINE = 64;
+  struct Freed {
+    void* block;
+    size_t size;
+    int64_t at;  // calls recorded by then
+  };
+  std::vector<void*> blocks_;
+  std::map<size_t, std::vector<void*>> free_;
+  std::deque<Freed> freed_;
+};
+
+// All threads of a region wait for each other. They spin, for what they wait for is a matter of microseconds; each on
+// the others' lines of memory, so that a line changes hands but once.
+class Barrier {
+ public:
+  explicit Barrier(int64_t threads) : arrived_(threads) {}
+  // By a thread that does the work of the threads [first, last).
+  void wait(int64_t round, int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) arrived_[t].round.store(round, std::memory_order_release);
+    for (const Line& other : arrived_)
+      for (int spins = 0; other.round.load(std::memory_order_acquire) < round;)
+        if (++spins < SPINS) pause();
+        else sched_yield();  // more threads than processors
+  }
+
+ private:
+  static constexpr int SPINS = 20000;
+  static void pause() {
+#ifdef __x86_64__
+    __builtin_ia32_pause();
+#endif
+  }
+  struct alignas(64) Line {
+    std::atomic<int64_t> round{-1};
+  };
+  std::vector<Line> arrived_;
+};
+
+std::atomic<int64_t> turns{0};
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+struct Program {
+  std::vector<std::unique_ptr<Call>> calls;        // as recorded, until `join`
+  std::vector<std::vector<std::unique_ptr<Call>>> segments;  // between what the program can't replay
+  int64_t recorded = 0;
+  std::shared_ptr<Arena> arena = std::make_shared<Arena>();
+
+  // Cuts the calls into segments at these places, and joins those within a segment that can be.
+  void finish(const std::vector<int64_t>& cuts) {
+    size_t next = 0;
+    for (const int64_t cut : cuts) {
+      std::vector<std::unique_ptr<Call>>& segment = segments.emplace_back();
+      for (; next < size_t(cut); ++next) {
+        std::unique_ptr<Call> call = std::move(calls[next]);
+        if (!segment.empty() && call->follow(segment.back())) segment.back() = std::move(call);
+        else segment.push_back(std::move(call));
+      }
+    }
+    calls.clear();
+  }
+
+  // Runs a segment; `seconds` [threads][calls], if there, gets the time of each thread's share.
+  void replay(const std::vector<std::unique_ptr<Call>>& segment, int64_t threads, double* seconds) const {
+    const int64_t turn = ++turns;
+    for (const auto& call : segment) call->prepare(turn);
+    Barrier barrier(threads);
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+      for (size_t i = 0; i < segment.size(); ++i) {
+        const int64_t useful = std::min(threads, segment[i]->most_threads());
+        for (int64_t t = first; t < last && t < useful; ++t) {
+          const double start = seconds ? now() : 0;
+          segment[i]->work(t, useful);
+          if (seconds) seconds[t * segment.size() + i] = now() - start;
+        }
+        barrier.wait(i, first, last);
+      }
+    });
+  }
+};
+
+thread_local Program* recording = nullptr;
+
+int64_t record_begin() {
+  STD_TORCH_CHECK(!recording, "record: this thread records already");
+  recording = new Program;
+  return reinterpret_cast<int64_t>(recording);
+}
+
+// How many calls this thread has recorded.
+int64_t recorded() { return recording ? recording->recorded : 0; }
+
+void record_end(const std::vector<int64_t> cuts) {
+  STD_TORCH_CHECK(recording, "record: this thread doesn't record");
+  Program* program = recording;
+  recording = nullptr;
+  program->finish(cuts);
+}
+
+const std::vector<std::unique_ptr<Call>>& segment_of(int64_t program, int64_t segment) {
+  return reinterpret_cast<Program*>(program)->segments.at(segment);
+}
+
+void replay(int64_t program, int64_t segment) {
+  reinterpret_cast<Program*>(program)->replay(segment_of(program, segment), torch::stable::get_num_threads(), nullptr);
+}
+
+// As `replay`: [threads, calls] seconds in float64 of each thread's work, without its waiting.
+Tensor timed_replay(const Tensor like, int64_t program, int64_t segment) {
+  const auto& calls = segment_of(program, segment);
+  const int64_t threads = torch::stable::get_num_threads();
+  Tensor seconds = torch::stable::new_zeros(like, {threads, int64_t(calls.size())}, ScalarType::Double);
+  reinterpret_cast<Program*>(program)->replay(calls, threads, static_cast<double*>(seconds.mutable_data_ptr()));
+  return seconds;
+}
+
+void forget(int64_t program) { delete reinterpret_cast<Program*>(program); }
+
+}  // namespace
+
+bool is_recording() { return recording != nullptr; }
+
+void run(std::unique_ptr<Call> call) {
+  call->prepare(++turns);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), call->most_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (; first < last; ++first) call->work(first, threads);
+  });
+  if (!recording) return;
+  recording->calls.push_back(std::move(call));
+  ++recording->recorded;
+}
+
+Tensor new_result(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  if (!recording) return torch::stable::new_empty(like, sizes, type);
+  size_t size = type == ScalarType::BFloat16 ? 2 : type == ScalarType::Float ? 4 : 8;
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= sizes.begin()[i]) strides[i] = stride;
+  size *= stride;
+  void* block = recording->arena->take(size, recording->recorded);
+  return torch::stable::from_blob(block, sizes, strides, like.device(), type,
+                                  [arena = recording->arena, program = recording, size](void* data) {
+                                    // freed after the recording: nobody will ask for it again
+                                    if (recording == program) arena->give(data, size, program->recorded);
+                                  });
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(onemesh, m) {
+  m.def("record_begin() -> int");
+  m.def("recorded() -> int");
+  m.def("record_end(int[] cuts) -> ()");
+  m.def("replay(int program, int segment) -> ()");
+  m.def("timed_replay(Tensor like, int program, int segment) -> Tensor");
+  m.def("forget(int program) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(onemesh, CompositeExplicitAutograd, m) {
+  m.impl("record_begin", TORCH_BOX(&record_begin));
+  m.impl("recorded", TORCH_BOX(&recorded));
+  m.impl("record_end", TORCH_BOX(&record_end));
+  m.impl("replay", TORCH_BOX(&replay));
+  m.impl("forget", TORCH_BOX(&forget));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(onemesh, CPU, m) { m.impl("timed_replay", TORCH_BOX(&timed_replay)); }

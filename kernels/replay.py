@@ -1,0 +1,147 @@
+"""A function's kernel calls, recorded once and replayed in C++: between them no Python, no GIL, no waking of threads.
+
+    recording = Recording(lambda: decoder(ids, step))     runs it once
+    ids.copy_(...)                                        new inputs go into the tensors of the recording
+    out = recording.replay()                              the same tensor as recording.output, with new values
+
+What isn't one of the C++ backend's kernels is called again from Python in its place: torch's own ops, and what is
+wrapped in `outside` (communication). So a replay does what the function did; only Python's own decisions are frozen.
+Every replay gives the bits of the function itself. CUDA graphs are the model, of memory too: results live in memory
+that belongs to the recording and is used again for later ones.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+R = TypeVar("R")
+
+
+class Recording:
+    """What `function` did; it must not depend on the values of its tensors but by kernels, and not need gradients."""
+
+    output: Tensor
+    """What the function returned; a replay writes it anew."""
+
+    def __init__(self, function: Callable[[], Tensor]) -> None:
+        """Runs and records it.
+
+        Raises:
+            ValueError: it calls a kernel that can't be recorded, or one that would copy its arguments.
+        """
+        program: int = torch.ops.onemesh.record_begin()
+        weakref.finalize(self, torch.ops.onemesh.forget, program)
+        mode = _Recorder()
+        token = _recorder.set(mode)
+        try:
+            with mode:
+                self.output = function()
+            mode.cut()
+        finally:
+            _recorder.reset(token)
+            torch.ops.onemesh.record_end(mode.cuts)
+        self._kept = mode.kept
+        self._program = program
+        self._segments = [
+            (functools.partial(torch.ops.onemesh.replay, program, segment), calls)
+            for segment, calls in enumerate(mode.outside)
+        ]
+
+    @torch.inference_mode()
+    def replay(self) -> Tensor:
+        """Does it again with what stands in its inputs now; returns `output`."""
+        for kernels, outside in self._segments:
+            kernels()
+            for call in outside:
+                call()
+        return self.output
+
+    @torch.inference_mode()
+    def timed_replay(self) -> Tensor:
+        """As `replay`; returns float64 [threads, calls]: seconds that each thread worked on each kernel call."""
+        seconds: list[Tensor] = []
+        for segment, (_, outside) in enumerate(self._segments):
+            seconds.append(torch.ops.onemesh.timed_replay(torch.empty(0), self._program, segment))
+            for call in outside:
+                call()
+        return torch.cat(seconds, dim=1)
+
+
+def outside(function: Callable[[], R]) -> R:
+    """Calls `function`; when recording, every replay calls it again in its place. Its results must be tensors that it
+    writes anew, for it to be called with the same ones."""
+    recorder = _recorder.get()
+    if recorder is None:
+        return function()
+    with _disable_current_modes():
+        before: int = torch.ops.onemesh.recorded()
+        result = function()
+        if torch.ops.onemesh.recorded() != before:
+            raise ValueError("a kernel call inside of `outside` can't be recorded")
+        recorder.add(function)
+    return result
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps what kernels read, and how to call torch's own ops again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+        """What kernels read of other than the recording's own memory."""
+        self._own: set[int] = set()
+        self.cuts: list[int] = []
+        """Numbers of kernel calls after which something is called from Python."""
+        self.outside: list[list[Callable[[], object]]] = []
+        """What is called after each of the cuts."""
+
+    def cut(self) -> None:
+        """Ends a segment of kernel calls, unless one ends here."""
+        count: int = torch.ops.onemesh.recorded()
+        if not self.cuts or self.cuts[-1] != count:
+            self.cuts.append(count)
+            self.outside.append([])
+
+    def add(self, function: Callable[[], object]) -> None:
+        """`function` is called here."""
+        self.cut()
+        self.outside[-1].append(function)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        before: int = torch.ops.onemesh.recorded()
+        result = func(*args, **kwargs)
+        inputs, outputs = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), result))
+        if func.namespace == "onemesh":
+            if torch.ops.onemesh.recorded() == before:
+                raise ValueError(f"{func} can't be recorded")
+            self._own |= {_memory(x) for x in outputs}
+            self.kept += [x for x in inputs if _memory(x) not in self._own]
+            return result
+        if func._schema.is_mutable:
+            self.add(functools.partial(func, *args, **kwargs))
+        elif not {_memory(x) for x in outputs} <= {_memory(x) for x in inputs}:  # not just a view
+            self.add(functools.partial(_again, func, args, kwargs, outputs))
+        return result
+
+
+_recorder: contextvars.ContextVar[_Recorder | None] = contextvars.ContextVar("recorder", default=None)
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _again(func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> None:
+    results = (x for x in tree_leaves(func(*args, **kwargs)) if isinstance(x, Tensor))
+    for output, x in zip(outputs, results, strict=True):
+        output.copy_(x)

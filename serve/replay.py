@@ -1,0 +1,132 @@
+"""Decode steps that are recorded once and replayed: each request computes one token, and Python only says where.
+
+A recording serves steps of one number of requests, with LoRA adapters in the same places. It is made when such a step
+comes for the second time, and lasts until its block tables are too narrow or an adapter comes or goes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.cpu_attention import CpuLayout
+from kernels.dispatch import Ops
+from kernels.replay import Recording
+from serve.batch import Batch, LoadedAdapter, segments
+from serve.scheduler import Chunk
+
+MOST = 256
+"""Recordings kept; the one that wasn't used for longest goes first."""
+
+Compute = Callable[[Batch, Tensor | None], Tensor]
+"""A stage's work: batch and hidden states of the stage before (None on the first) to hidden states or logits."""
+
+
+class Replays:
+    """The recordings of one rank."""
+
+    def __init__(self, compute: Compute, ops: Ops, page_size: int) -> None:
+        self._compute, self._ops, self._page_size = compute, ops, page_size
+        self._seen: set[tuple[object, ...]] = set()
+        self._steps: OrderedDict[tuple[object, ...], DecodeStep] = OrderedDict()
+
+    def run(
+        self, chunks: Sequence[Chunk], used: Sequence[LoadedAdapter | None], hidden: Tensor | None
+    ) -> Tensor | None:
+        """The stage's result, valid until the next step; None for a step that is to be computed the plain way.
+
+        used: the adapter of each chunk. hidden: [T, D] from the stage before, None on the first one.
+        """
+        if self._ops.record is None or any(chunk.length > 1 or not chunk.samples for chunk in chunks):
+            return None
+        key = (len(chunks), segments(chunks, used))
+        step = self._steps.get(key)
+        if step is not None and step.holds(chunks, used):
+            self._steps.move_to_end(key)
+            step.write(chunks, used)
+            return step.replay(hidden)
+        if key not in self._seen:
+            self._seen.add(key)
+            return None
+        step = DecodeStep(chunks, used, hidden, self._compute, self._ops, self._page_size)
+        self._steps[key] = step
+        if len(self._steps) > MOST:
+            self._steps.popitem(last=False)
+        return step.recording.output
+
+    def forget(self) -> None:
+        """Drops all recordings: the adapters that they know have changed."""
+        self._seen.clear()
+        self._steps.clear()
+
+
+class DecodeStep:
+    """A recording and the tensors that it reads."""
+
+    def __init__(
+        self,
+        chunks: Sequence[Chunk],
+        used: Sequence[LoadedAdapter | None],
+        hidden: Tensor | None,
+        compute: Compute,
+        ops: Ops,
+        page_size: int,
+    ) -> None:
+        """Computes the step and records it, with room for sequences of twice its lengths."""
+        assert ops.record is not None
+        count, self._page_size = len(chunks), page_size
+        wide = 2 * max(len(chunk.pages) for chunk in chunks)
+        prefixes = [() if adapter is None else adapter.pages for adapter in used]
+        self._layout = ops.paged_layout(
+            [1] * count,
+            [chunk.end for chunk in chunks],
+            torch.zeros(count, wide, dtype=torch.int64),
+            page_size=page_size,
+            prefix_lengths=[0 if adapter is None else adapter.length for adapter in used],
+            prefix_tables=torch.zeros(count, max(map(len, prefixes)), dtype=torch.int64),
+        )
+        assert isinstance(self._layout, CpuLayout), "the backend that records has one"
+        integers = torch.zeros(3, count, dtype=torch.int64)
+        ids, positions, slots = integers
+        self._batch = Batch(ids, positions, slots, self._layout, segments(chunks, used), torch.arange(count))
+        # the same memory: numpy takes lists faster
+        self._ids, self._positions, self._slots = integers.numpy()
+        self._chunks = self._layout.chunks.numpy()
+        self._tables = self._layout.block_table_BM.numpy()
+        self._prefix_tables = self._layout.prefix_table_BM.numpy()
+        self._pages: list[tuple[int, ...]] = [()] * count
+        self.write(chunks, used)
+        self._hidden = None if hidden is None else hidden.clone()
+        self.recording: Recording = ops.record(lambda: compute(self._batch, self._hidden))
+
+    def holds(self, chunks: Sequence[Chunk], used: Sequence[LoadedAdapter | None]) -> bool:
+        """Whether the block tables have room for these chunks' pages."""
+        wide, prefix = self._tables.shape[1], self._prefix_tables.shape[1]
+        return all(len(chunk.pages) <= wide for chunk in chunks) and all(
+            adapter is None or len(adapter.pages) <= prefix for adapter in used
+        )
+
+    def write(self, chunks: Sequence[Chunk], used: Sequence[LoadedAdapter | None]) -> None:
+        """Puts the chunks into the tensors of the recording."""
+        size = self._page_size
+        for b, (chunk, adapter) in enumerate(zip(chunks, used, strict=True)):
+            prefix = 0 if adapter is None else adapter.length
+            pages, start = chunk.pages, chunk.start
+            self._ids[b], self._positions[b] = chunk.tokens[0], start + prefix
+            self._slots[b] = pages[-1] * size + start % size
+            self._chunks[b, 2], self._chunks[b, 3] = start + 1, prefix
+            if self._pages[b] != pages:
+                self._pages[b] = pages
+                self._tables[b, : len(pages)] = pages
+            if adapter is not None and adapter.pages:
+                self._prefix_tables[b, : len(adapter.pages)] = adapter.pages
+
+    def replay(self, hidden: Tensor | None) -> Tensor:
+        """The stage's result for what was written."""
+        if hidden is not None:
+            assert self._hidden is not None
+            self._hidden.copy_(hidden)
+        return self.recording.replay()

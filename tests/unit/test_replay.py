@@ -1,0 +1,315 @@
+"""A replay gives the bits of the function that was recorded: on new inputs, any number of threads, whatever is joined."""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from conf.schema import Architecture
+from kernels.ops import LowRank, Ops, Part
+from kernels.replay import Recording, outside
+from parallel.mesh import Mesh
+from parallel.model.load import build_decoder
+from serve.batch import LoadedAdapter
+from serve.paged import KvCache
+from serve.runner import Runner
+from serve.scheduler import Chunk
+from tests.backends import backend, packed
+from tests.models import BIASED, TINY, RandomWeights
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape).to(dtype)
+
+
+def check(function: Callable[[], Tensor], inputs: Sequence[Tensor], *, outsides: int = 0) -> Recording:
+    """Records `function` and compares replays with calls of it, at several numbers of threads and inputs."""
+    recording = Recording(function)
+    assert sum(len(calls) for _, calls in recording._segments) == outsides
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for x in inputs:
+            x.copy_(torch.randn(x.shape))
+        expected = function()
+        assert expected.isfinite().all() and expected.numel() > 0
+        assert torch.equal(recording.replay(), expected), threads
+    return recording
+
+
+def num_calls(recording: Recording) -> int:
+    return recording.timed_replay().shape[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "calls"), [(1, 2), (9, 2), (64, 2), (130, 4), (700, 4)])
+def test_norm_linears_and_gate(dtype: torch.dtype, rows: int, calls: int, thread_counts: None) -> None:
+    """Few rows: the norm and the linears behind it are one call, with the gate behind them."""
+    ops, width, ffn = backend("compiled", dtype), 97, 101
+    x, delta, w = draw(rows, width, dtype=dtype), draw(rows, width, dtype=dtype), draw(width, dtype=dtype)
+    gate, up, down = (packed(ops, draw(*s, dtype=dtype) * 0.1) for s in [(ffn, width), (ffn, width), (width, ffn)])
+    bias = draw(ffn, dtype=dtype)
+
+    def function() -> Tensor:
+        total, h = ops.add_rms_norm(x, delta, w, 1e-5)
+        both = ops.linears(h, [Part(gate, bias), Part(up)])
+        # behind the joined calls: what they left for others is complete
+        return ops.linear(ops.silu_gate(*both), down) + total + h + both[1].sum()
+
+    recording = check(function, [x, delta], outsides=4)
+    assert num_calls(recording) == calls
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_low_rank_updates_of_some_rows(dtype: torch.dtype, thread_counts: None) -> None:
+    ops = backend("compiled", dtype)
+    x, w, norm = draw(6, 50, dtype=dtype), packed(ops, draw(70, 50, dtype=dtype)), draw(50, dtype=dtype)
+    a, b = packed(ops, draw(3, 50, dtype=dtype)), packed(ops, draw(70, 3, dtype=dtype))
+
+    def function() -> Tensor:
+        h = ops.rms_norm(x, norm, 1e-5)
+        update = LowRank(start=2, stop=5, a_RK=a, b_NR=b)
+        return ops.silu_gate(*ops.linears(h, [Part(w, None, [update]), Part(w)]))
+
+    check(function, [x])
+
+
+def test_views_torch_ops_and_writes_in_place() -> None:
+    ops = backend("compiled", torch.float32)
+    x, w, total = draw(4, 6), packed(ops, draw(6, 6)), torch.zeros(4, 6)
+    calls: list[int] = []
+
+    def function() -> Tensor:
+        y = ops.linear(x[:, :6].unflatten(-1, (2, 3)).flatten(1), w)
+        z = torch.where(y > 0, y, 2 * y)  # three ops
+        z.mul_(3)
+        assert outside(lambda: (calls.append(1), total.copy_(z))[1]) is total
+        return ops.linear(total, w)
+
+    check(function, [x], outsides=5)
+    assert len(calls) == 1 + 2 * 3
+
+
+def test_results_that_are_freed_make_room_for_later_ones() -> None:
+    """A long chain lives in the memory of a few links, and no two results alive at once share it."""
+    ops = backend("compiled", torch.float32)
+    x, w = draw(3, 16), packed(ops, draw(16, 16) * 0.3)
+    seen: set[int] = set()
+
+    def function() -> Tensor:
+        y = x
+        for _ in range(40):
+            before, y = y, ops.linear(y, w)
+            seen.add(y.data_ptr())
+            assert before.data_ptr() != y.data_ptr()
+        return y
+
+    recording = Recording(function)
+    assert len(seen) < 8
+    kept = recording.output
+    expected = function()
+    assert torch.equal(recording.replay(), expected)
+    alive = weakref.ref(recording)
+    del recording
+    gc.collect()
+    assert alive() is None
+    assert torch.equal(kept, expected), "the output outlives the recording"
+
+
+def test_calls_that_are_joined_do_not_overwrite_what_the_others_read() -> None:
+    """Their threads don't wait for each other: what the norm reads is not yet free when the gate writes."""
+    ops = backend("compiled", torch.float32)
+    x, w, norm = draw(3, 16), packed(ops, draw(16, 16) * 0.3), draw(16)
+
+    def function() -> Tensor:
+        y, delta = ops.linear(x, w), ops.linear(x, w)
+        read = {y.data_ptr(), delta.data_ptr()}
+        y, h = ops.add_rms_norm(y, delta, norm, 1e-5)
+        del y, delta
+        h = ops.linears(h, [Part(w), Part(w)])
+        h = ops.silu_gate(*h)
+        assert h.data_ptr() not in read
+        return h
+
+    assert num_calls(check(function, [x])) == 3
+
+
+def test_what_a_recording_reads_is_kept_alive() -> None:
+    ops = backend("compiled", torch.float32)
+    x = draw(2, 5)
+
+    def record() -> tuple[Recording, Tensor]:
+        w = draw(7, 5)
+        weight = packed(ops, w)
+        recording = Recording(lambda: ops.linear(x, weight))
+        return recording, x @ w.t()
+
+    recording, expected = record()
+    rubbish = [torch.full((1, 4, 48, 1), float("nan")) for _ in range(100)]
+    torch.testing.assert_close(recording.replay(), expected)
+    assert rubbish
+
+
+def test_what_cannot_be_recorded_is_refused_and_nothing_stays() -> None:
+    ops = backend("compiled", torch.float32)
+    x, w, scattered = draw(4, 6), packed(ops, draw(6, 6)), torch.randn(6, 2, 4).permute(2, 1, 0)
+    slots, pages = torch.arange(4), torch.zeros(2, 4, 2, 6)
+    angles = torch.zeros(4, 6), torch.zeros(4, 6)
+    for function, message in [
+        (lambda: ops.pack((6, 6), torch.float32, lambda a, b: x[a:b]), r"onemesh.\w+.default can't be recorded"),
+        (lambda: ops.rotary_write(scattered, scattered, scattered, *angles, pages, pages, slots), "q lies scattered"),
+        (lambda: outside(lambda: ops.linear(x, w)), "inside of `outside`"),
+        (lambda: Recording(lambda: x).output, "records already"),
+    ]:
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            Recording(function)
+        check(lambda: ops.linear(x, w), [x])
+
+
+def test_integers_are_checked_at_every_replay() -> None:
+    ops = backend("compiled", torch.float32)
+    w, ids = draw(5, 3), torch.tensor([0, 4])
+    recording = Recording(lambda: ops.embedding(ids, w))
+    ids[1] = 5
+    with pytest.raises(RuntimeError, match=r"ids\[1\]=5 of 5 rows"):
+        recording.replay()
+    ids[1] = 2
+    assert torch.equal(recording.replay(), w[ids])
+
+
+class Attending:
+    """The paged attention of single queries, with the rotary embedding before it, over lengths that change."""
+
+    SIZE, PAGES = 4, 400
+
+    def __init__(self, ops: Ops, dtype: torch.dtype, count: int, window: int | None, kv_heads: int = 2) -> None:
+        self.ops, self.count, self.heads, self.window = ops, count, (0, 1, 1, 0, 1)[: 5 if kv_heads > 1 else 1], window
+        self.q, self.k, self.v = (draw(count, n, 16, dtype=dtype) for n in (len(self.heads), kv_heads, kv_heads))
+        self.cos, self.sin = draw(count, 16), draw(count, 16)
+        self.caches = [draw(self.PAGES, self.SIZE, kv_heads, 16, dtype=dtype) for _ in range(2)]
+        self.slots = torch.zeros(count, dtype=torch.int64)
+        table, prefix = torch.zeros(count, self.PAGES, dtype=torch.int64), torch.zeros(count, 9, dtype=torch.int64)
+        self.layout = ops.paged_layout(
+            [1] * count, [1] * count, table, page_size=self.SIZE, prefix_lengths=[0] * count, prefix_tables=prefix
+        )
+
+    def set(self, lengths: Sequence[int], prefixes: Sequence[int]) -> None:
+        pages = iter(torch.randperm(self.PAGES).tolist())
+        for b, (length, prefix) in enumerate(zip(lengths, prefixes, strict=True)):
+            for table, count in ((self.layout.block_table_BM, length), (self.layout.prefix_table_BM, prefix)):
+                own = [next(pages) for _ in range(-(-count // self.SIZE))]
+                table[b, : len(own)] = torch.tensor(own, dtype=torch.int64)
+                if table is self.layout.block_table_BM:
+                    self.slots[b] = own[-1] * self.SIZE + (length - 1) % self.SIZE
+            self.layout.chunks[b, 2:] = torch.tensor([length, prefix])  # type: ignore[attr-defined]
+
+    def __call__(self) -> Tensor:
+        q = self.ops.rotary_write(self.q, self.k, self.v, self.cos, self.sin, *self.caches, self.slots)
+        more = {"kv_index": self.heads, "window": self.window, "scale": 0.3}
+        return self.ops.attention_paged(q, *self.caches, self.layout, **more)[0] + q
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize(
+    "steps", [[(1,), (2,), (1400,), (600,)], [(3, 1, 700), (5, 600, 1)], [range(5, 25), (1,) * 20]]
+)
+def test_rotary_and_attention(dtype: torch.dtype, window: int | None, steps: Sequence[Sequence[int]]) -> None:
+    """Short and long sequences, cut for the threads in different ways from replay to replay; the cache is as written."""
+    steps = [list(step) for step in steps]
+    attending = Attending(backend("compiled", dtype), dtype, len(steps[0]), window)
+    recording: Recording | None = None
+    for lengths, threads in zip(2 * steps, [1, 2, 3, 2, 1, 3, 2, 3], strict=False):
+        torch.set_num_threads(threads)
+        attending.set(lengths, [(3 * i) % 8 for i in range(len(lengths))])
+        for x in (attending.q, attending.k, attending.v):
+            x.copy_(torch.randn(x.shape))
+        before = [cache.clone() for cache in attending.caches]
+        expected = attending()
+        written = [cache.clone() for cache in attending.caches]
+        for cache, old in zip(attending.caches, before, strict=True):
+            cache.copy_(old)
+        if recording is None:
+            recording = Recording(attending)
+            assert num_calls(recording) == 1, "one call for both"
+            for cache, old in zip(attending.caches, before, strict=True):
+                cache.copy_(old)
+        assert torch.equal(recording.replay(), expected)
+        for cache, new in zip(attending.caches, written, strict=True):
+            assert torch.equal(cache, new)
+    assert recording is not None
+    attending.slots[0] = (attending.slots[0] + 1) % (Attending.PAGES * Attending.SIZE)
+    with pytest.raises(RuntimeError, match=r"slots\[0\]=\d+ is not that of the last key"):
+        recording.replay()
+
+
+def decoding(runner: Runner, steps: int, adapters: Sequence[str | None]) -> list[Tensor]:
+    """Logits of some steps of decoding behind prompts of different lengths; requests leave one by one."""
+    size, results = runner.page_size, []
+    tokens = [[(7 * i + 3 * j) % 101 for j in range(2 + 5 * i)] for i in range(len(adapters))]
+    tables = [tuple(range(20 * i, 20 * i + 20)) for i in range(len(adapters))]
+
+    def chunk(i: int, start: int) -> Chunk:
+        pages = tables[i][: -(-len(tokens[i]) // size)]
+        new = tuple(tokens[i][start:])
+        return Chunk(id=str(i), adapter=adapters[i], start=start, tokens=new, pages=pages, samples=True)
+
+    starts = [0] * len(adapters)
+    for step in range(steps):
+        count = len(adapters) - step // 5  # each number of requests comes several times
+        logits = runner.forward([chunk(i, starts[i]) for i in range(count)])
+        assert logits is not None
+        results.append(logits.clone())
+        for i, token in enumerate(logits.argmax(-1).tolist()):
+            starts[i] = len(tokens[i])
+            tokens[i].append(token)
+    return results
+
+
+def runner_of(architecture: Architecture, ops: Ops) -> Runner:
+    decoder = build_decoder(
+        RandomWeights(architecture), Mesh.single(), (5,), dtype=torch.bfloat16, ops=ops, trainable=False, packed=True
+    )
+    return Runner(decoder, Mesh.single(), KvCache.allocate(decoder, num_pages=200, page_size=4), 4, "")
+
+
+@pytest.mark.parametrize("architecture", [TINY, replace(BIASED, sliding_window=9)])
+def test_decoding_has_the_bits_of_the_plain_decoder(architecture: Architecture) -> None:
+    """Five calls a layer, and nothing outside the kernels but two biases; prefixes and longer tables included."""
+    ops = backend("compiled", torch.bfloat16)
+    plain, replaying = runner_of(architecture, replace(ops, record=None)), runner_of(architecture, ops)
+    adapters = [None, "prefix", None, "prefix"]
+    for runner in (plain, replaying):
+        runner.adapters["prefix"] = LoadedAdapter("prefix", pages=(198, 199), length=7)
+        for cache in runner.cache.keys + runner.cache.values:
+            cache.copy_(torch.sin(torch.arange(cache.numel())).view(cache.shape))
+    for got, expected in zip(decoding(replaying, 20, adapters), decoding(plain, 20, adapters), strict=True):
+        assert torch.equal(got, expected)
+    steps = replaying.replays._steps
+    assert {count for count, _ in steps} == {1, 2, 3, 4} and not plain.replays._steps
+    for step in steps.values():
+        biases = 2 * architecture.num_layers * architecture.output_bias
+        assert sum(len(calls) for _, calls in step.recording._segments) == biases
+        layers, around = 5 * architecture.num_layers, 5  # ids, angles; two gathers, norm with the head
+        assert num_calls(step.recording) == layers + around
+    replaying.replays.forget()
+    assert not replaying.replays._steps
+
+
+def test_numbers_of_kernel_calls_do_not_grow_with_what_was_recorded_before() -> None:
+    ops = backend("compiled", torch.float32)
+    x, w = draw(2, 6), packed(ops, draw(6, 6))
+    counts = [num_calls(Recording(lambda: ops.linear(x, w))) for _ in range(3)]
+    assert all(a == b == 1 for a, b in pairwise(counts))
