@@ -1,4 +1,4 @@
-"""Which CUDA blocks do what in one serving step: lists made once, that all layers with the same window share.
+"""Which CUDA blocks do what: lists made once for a step, that all layers with the same window share.
 
 Keys come in parts of 128 by absolute position. A chunk with few queries is *split*: its parts go to different warps,
 a second kernel merges them. The other chunks are *whole*: a block merges the parts of its rows on the way. Both give
@@ -23,6 +23,10 @@ SPLIT_PAIRS = 16
 """Pairs (query, head of a kv head's group) that a split chunk has at most: rows of one warp."""
 WHOLE_PAIRS = 64
 """Such pairs per block of a whole chunk."""
+GRADIENT_ROWS = 64
+"""Positions per entry of `PackedWork.tiles`, `LISTED` of attention_varlen_grad.cu."""
+ITEM_ROWS = 16
+"""Rows per item of a low-rank update at most, `ROWS` of lora.cu."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,8 @@ class PackedWork:
     """int64 [B, 4]: first row, queries, keys, 0."""
     whole: Tensor
     """As in `Work`."""
+    tiles: Tensor
+    """int64 [., 3], for the gradients: first row of a document, its rows, and which 64 of them."""
 
 
 @functools.lru_cache(maxsize=16)  # the layers of a step, and its microbatches
@@ -78,7 +84,23 @@ def packed_work(bounds: tuple[int, ...], window: int, group: int, device: torch.
     """From `0 = c_0 <= c_1 <= ... <= c_B = T`."""
     numbers = [(start, stop - start, stop - start, 0) for start, stop in itertools.pairwise(bounds)]
     work = _plan(numbers, window, group, 0, device)
-    return PackedWork(chunks=_integers(numbers, 4, device), whole=work.whole)
+    tiles = [
+        (start, stop - start, tile)
+        for start, stop in itertools.pairwise(bounds)
+        for tile in range(-(-(stop - start) // GRADIENT_ROWS))
+    ]
+    return PackedWork(chunks=_integers(numbers, 4, device), whole=work.whole, tiles=_integers(tiles, 3, device))
+
+
+@functools.lru_cache(maxsize=16)  # the linears of a step, and its microbatches
+def low_rank_items(bounds: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """int64 [., 3] from the rows start .. stop - 1 of every update: its place in `bounds`, first row, 1 to 16 rows."""
+    items = [
+        (update, row, min(ITEM_ROWS, stop - row))
+        for update, (start, stop) in enumerate(bounds)
+        for row in range(start, stop, ITEM_ROWS)
+    ]
+    return _integers(items, 3, device)
 
 
 def _plan(numbers: Sequence[tuple[int, ...]], window: int, group: int, split_pairs: int, device: torch.device) -> Work:
@@ -117,6 +139,8 @@ class Heads:
     """[K + 1]: where in `order` the heads of a kv head start."""
     order: Tensor
     """[N] query heads, by kv head."""
+    kv_heads: Tensor
+    """[N] the kv head of every query head."""
     group: int
     """Most query heads that a kv head serves."""
 
@@ -129,5 +153,6 @@ def heads_of(kv_index: tuple[int, ...], num_kv_heads: int, device: torch.device)
     return Heads(
         starts=torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device),
         order=torch.tensor(order, dtype=torch.int32, device=device),
+        kv_heads=torch.tensor(kv_index, dtype=torch.int32, device=device),
         group=max(counts, default=0),
     )

@@ -90,11 +90,11 @@ struct LinearArgs {
 
 // out = grad weight
 struct LinearGradInputArgs {
-  void* out;           // [T, K]
+  void* out;           // [T, K], float32 or of grad's type
   const void* grad;    // [T, N]
   const void* weight;  // [N, K]
   int64_t rows, width_in, width_out;
-  int32_t dtype;
+  int32_t dtype, out_dtype;
 };
 
 // out += grad^T x
@@ -131,37 +131,33 @@ struct AttentionVarlenGradArgs {
   int32_t dtype;
 };
 
-// out += scale (x A^T) B^T in segments of rows, each with an adapter of its own; other rows stay as they are.
+// out += (x A^T) B^T in segments of rows, each with an adapter of its own; other rows stay as they are. What A gives is
+// rounded to x's type.
 struct LoraArgs {
-  void* out;      // [T, N] by out_stride
+  void* out;      // [T, N] by out_stride, float32 or of x's type
   void* hidden;   // [T, R] workspace
   const void* x;  // [T, K] by x_stride
   const void* a;  // [L, R, K], smaller ranks filled up with zeros
   const void* b;  // [L, N, R]
-  const float* scales;   // [L]
   const int64_t* items;  // [num_items, 3]: adapter, first row, 1 to 16 rows
   int64_t num_items, width_in, width_out, rank, x_stride, out_stride;
-  int32_t dtype;
+  int32_t dtype, out_dtype;
 };
 
-// Of each row its maximum, sum of exp(logit - maximum) and the target's logit, 0 for a target outside of 0 .. V-1.
-struct CrossEntropyArgs {
-  float* max;     // [T]
-  float* sum;     // [T]
-  float* picked;  // [T]
-  const void* logits;      // [T, V] by stride
-  const int64_t* targets;  // [T]
+// out = log(sum(exp(row)))
+struct LogSumExpArgs {
+  float* out;          // [T]
+  const void* logits;  // [T, V] by stride
   int64_t rows, width, stride;
   int32_t dtype;
 };
 
-// out = (exp(logits - lse) - onehot(target)) factor; float32 logits may be written as another type.
-struct CrossEntropyGradArgs {
-  void* out;           // [T, V], may be the logits themselves
-  const void* logits;  // [T, V] by stride
-  const float* lse;    // [T]
-  const int64_t* targets;
-  const float* factor;  // [1]
+// out = exp(logits - lse) - onehot(target); float32 logits may be written as another type.
+struct LossGradientArgs {
+  void* out;              // [T, V], may be the logits themselves
+  const void* logits;     // [T, V] by stride
+  const float* lse;       // [T]
+  const int64_t* target;  // [T], outside of 0 .. V-1 where it isn't among these columns
   int64_t rows, width, stride;
   int32_t dtype, out_dtype;
 };
@@ -193,7 +189,7 @@ int onemesh_cuda_linear(const LinearArgs* args, void* stream);
 int onemesh_cuda_linear_grad_input(const LinearGradInputArgs* args, void* stream);
 int onemesh_cuda_linear_grad_weight(const LinearGradWeightArgs* args, void* stream);
 int onemesh_cuda_lora(const LoraArgs* args, void* stream);
-int onemesh_cuda_cross_entropy(const CrossEntropyArgs* args, void* stream);
-int onemesh_cuda_cross_entropy_grad(const CrossEntropyGradArgs* args, void* stream);
+int onemesh_cuda_log_sum_exp(const LogSumExpArgs* args, void* stream);
+int onemesh_cuda_loss_gradient(const LossGradientArgs* args, void* stream);
 int onemesh_cuda_draw(const DrawArgs* args, void* stream);
 }

@@ -9,21 +9,12 @@ from torch import Tensor
 from kernels import reference
 from kernels.cuda_layout import heads_of, packed_work
 from kernels.reference import check_kv_index
-from tests.cuda_host import DTYPES, FORWARD, KERNELS, ORDERS, assert_as_plain, build, call, seeded
+from tests.cuda_host import DTYPES, FORWARD, ORDERS, assert_as_plain, call, draw, seeded
 
 SOURCE = "attention_paged.cu"
 CPU = torch.device("cpu")
 BOUNDS = (0, 1, 66, 66, 200, 230)
 """Documents of 1, 65, 0, 134 and 30 rows."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _built() -> None:
-    build(*((KERNELS / SOURCE, kind) for kind in ("plain", "asan", "tsan")))
-
-
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def attend(

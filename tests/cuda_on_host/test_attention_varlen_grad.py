@@ -11,20 +11,13 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.cuda_layout import heads_of
+from kernels.cuda_layout import heads_of, packed_work
 from kernels.reference import check_kv_index, working_dtype
-from tests.cuda_host import DTYPES, FORWARD, KERNELS, KINDS, ORDERS, assert_as_plain, build, call, plant, seeded
+from tests.cuda_host import DTYPES, FORWARD, ORDERS, assert_as_plain, call, draw, plant, seeded
 
 SOURCE = "attention_varlen_grad.cu"
-LISTED = 64
-"""Positions per entry of the list of tiles."""
 GRADS = ("grad_q", "grad_k", "grad_v")
 Orders = Sequence[tuple[int, int]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _built() -> None:
-    build(*((KERNELS / SOURCE, kind) for kind in KINDS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,18 +56,15 @@ class Case:
         shapes = {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads, "grad_out": self.heads}
         found = {}
         for i, (name, heads) in enumerate(shapes.items()):
-            parts = [_draw(10 * b + i, length, heads, self.head_dim) for b, length in enumerate(self.documents)]
+            parts = [draw(10 * b + i, length, heads, self.head_dim) for b, length in enumerate(self.documents)]
             found[name] = torch.cat(parts).to(self.dtype)
-        found["grad_lse"] = torch.cat([_draw(10 * b + 5, n, self.heads) for b, n in enumerate(self.documents)])
+        found["grad_lse"] = torch.cat([draw(10 * b + 5, n, self.heads) for b, n in enumerate(self.documents)])
         return found
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(out, lse) of the reference, with the cap added where there is one."""
-        if self.softcap:
-            return self._capped(q, k, v)
-        return reference.attention_varlen(
-            q, k, v, self.bounds, kv_index=self.index, window=self.window, scale=self.scale
-        )
+        """(out, lse) of the reference."""
+        options = {"window": self.window, "scale": self.scale, "soft_cap": self.softcap or None}
+        return reference.attention_varlen(q, k, v, self.bounds, kv_index=self.index, **options)
 
     def spec(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The gradients, by autograd."""
@@ -84,24 +74,6 @@ class Case:
         seeds = (x["grad_out"], x["grad_lse"] if self.with_lse else torch.zeros_like(lse))
         return dict(zip(GRADS, torch.autograd.grad((out, lse), leaves, seeds), strict=True))
 
-    def _capped(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        work, outs, lses = working_dtype(q.dtype), [], []
-        for start, stop in itertools.pairwise(self.bounds):
-            rows, i = slice(start, stop), torch.arange(stop - start)
-            keys, values = (t[rows][:, list(self.index)].to(work) for t in (k, v))
-            scores = torch.einsum("tnh,snh->nts", q[rows].to(work), keys) * self.scale
-            distance = i[:, None] - i
-            hidden = (distance < 0) | (distance >= (self.window or stop))
-            scores = (self.softcap * torch.tanh(scores / self.softcap)).masked_fill(hidden, -torch.inf)
-            lse = scores.logsumexp(-1)
-            outs.append(torch.einsum("nts,snh->tnh", torch.exp(scores - lse[..., None]), values).to(q.dtype))
-            lses.append(lse.T)
-        return torch.cat(outs), torch.cat(lses)
-
-
-def _draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
 
 def grads_of(
     case: Case, *, kind: str = "plain", orders: Orders = (FORWARD,), inputs: dict[str, Tensor] | None = None
@@ -110,11 +82,7 @@ def grads_of(
     x = case.inputs() if inputs is None else inputs
     out, lse = case.forward(x["q"], x["k"], x["v"])
     heads = heads_of(case.index, case.kv_heads, torch.device("cpu"))
-    tiles = [
-        (start, stop - start, tile)
-        for start, stop in itertools.pairwise(case.bounds)
-        for tile in range(-(-(stop - start) // LISTED))
-    ]
+    tiles = packed_work(tuple(case.bounds), 0, heads.group, torch.device("cpu")).tiles
     values = {name: torch.full_like(x[name[-1]], torch.nan) for name in GRADS} | {
         "delta": torch.full_like(lse, torch.nan),
         "grad_out": x["grad_out"],
@@ -124,8 +92,8 @@ def grads_of(
         "q": x["q"],
         "k": x["k"],
         "v": x["v"],
-        "tiles": torch.tensor(tiles, dtype=torch.int64).view(-1, 3),
-        "kv_heads": torch.tensor(case.index, dtype=torch.int32),
+        "tiles": tiles,
+        "kv_heads": heads.kv_heads,
         "head_starts": heads.starts,
         "heads": heads.order,
         "rows": case.rows,
