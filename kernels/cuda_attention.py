@@ -88,12 +88,12 @@ class _Pack:
     soft_cap: float
     """0: none."""
 
-    def attend(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor) -> tuple[Tensor, Tensor]:
         """(out [T, N, H], lse [T, N])."""
         return torch.ops.onemesh_cuda.attention_varlen(
             q_TNH,
-            k_TKH,
-            v_TKH,
+            k_SKH,
+            v_SKH,
             self.work.chunks,
             self.heads.starts,
             self.heads.order,
@@ -112,7 +112,8 @@ class _Pack:
             *saved,
             grad_TNH,
             grad_lse_TN,
-            self.work.tiles,
+            self.work.query_tiles,
+            self.work.key_tiles,
             self.heads.kv_heads,
             self.heads.starts,
             self.heads.order,
@@ -126,11 +127,11 @@ class _Attention(torch.autograd.Function):
     """`_Pack.attend`, differentiable through out and lse; saves q, k, v, out and lse."""
 
     @staticmethod
-    def forward(ctx: Any, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, pack: _Pack) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, pack: _Pack) -> tuple[Tensor, Tensor]:
         """(out [T, N, H] in q.dtype, lse [T, N] in float32)."""
         ctx.set_materialize_grads(False)
-        out_TNH, lse_TN = pack.attend(q_TNH, k_TKH, v_TKH)
-        ctx.save_for_backward(q_TNH, k_TKH, v_TKH, out_TNH, lse_TN)
+        out_TNH, lse_TN = pack.attend(q_TNH, k_SKH, v_SKH)
+        ctx.save_for_backward(q_TNH, k_SKH, v_SKH, out_TNH, lse_TN)
         ctx.pack = pack
         return out_TNH, lse_TN
 
@@ -159,25 +160,26 @@ def attention_varlen(
     """`reference.attention_varlen` in O(T) memory, row-invariant but by flash-attn, which is taken where it can.
 
     That is where it is installed and no gradient is asked for (it has none of lse), in 16 bits, with heads shared
-    evenly, without cap and slopes. The reference works where `documents` is `Documents`, and for gradients with slopes
-    or with heads above 128.
+    evenly, without cap and slopes, of plain bounds. The reference works for gradients with slopes or of heads above
+    128.
     """
     reference.check_attention(q_TNH, k_SKH, v_SKH)
     reference.check_options(q_TNH.shape[1], window, soft_cap, alibi_slopes)
     index = reference.check_kv_index(q_TNH.shape[1], k_SKH.shape[1], kv_index)
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q_TNH, k_SKH, v_SKH))
     lacks_grad = alibi_slopes is not None or q_TNH.shape[2] > MAX_GRADIENT_HEAD
-    if isinstance(documents, Documents) or (wants_grad and lacks_grad):
+    if wants_grad and lacks_grad:
         options = {"window": window, "soft_cap": soft_cap, "alibi_slopes": alibi_slopes}
         return reference.attention_varlen(q_TNH, k_SKH, v_SKH, documents, kv_index=index, scale=scale, **options)
-    bounds = Documents.of(documents, q_TNH.shape[0], k_SKH.shape[0]).query_bounds
+    is_causal = not isinstance(documents, Documents)
+    documents = Documents.of(documents, q_TNH.shape[0], k_SKH.shape[0])
     is_even = autograd.even_group(index, k_SKH.shape[1]) is not None
-    is_plain = is_even and soft_cap is None and alibi_slopes is None and q_TNH.dtype in (torch.float16, torch.bfloat16)
-    if is_plain and not wants_grad and _has_flash_attn():
-        return _flash_attention(q_TNH, k_SKH, v_SKH, bounds, window, scale)
+    is_plain = is_causal and is_even and soft_cap is None and alibi_slopes is None
+    if is_plain and not wants_grad and q_TNH.dtype in (torch.float16, torch.bfloat16) and _has_flash_attn():
+        return _flash_attention(q_TNH, k_SKH, v_SKH, documents.query_bounds, window, scale)
     heads = heads_of(index, k_SKH.shape[1], q_TNH.device)
     pack = _Pack(
-        work=packed_work(bounds, window or 0, heads.group, q_TNH.device),
+        work=packed_work(documents, window or 0, heads.group, q_TNH.device),
         heads=heads,
         slopes_N=_slopes(alibi_slopes, q_TNH.device),
         window=window or 0,

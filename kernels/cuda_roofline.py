@@ -24,6 +24,7 @@ from kernels.cuda_layout import (
     low_rank_items,
     packed_work,
 )
+from kernels.documents import Documents
 
 CPU = torch.device("cpu")
 TILE, ROWS, THREADS = 32, 16, 128
@@ -119,7 +120,7 @@ def attention(s: Shape, chunks: list[tuple[int, int]], *, packed: bool = False) 
     group = s.heads // s.kv_heads
     is_split = not packed and queries * group <= SPLIT_PAIRS
     if packed:
-        blocks, partial_rows = len(packed_work(_bounds(chunks), 0, group, CPU).whole), 0
+        blocks, partial_rows = len(packed_work(_documents(chunks), 0, group, CPU).whole), 0
     else:
         pages = [[0] * -(-keys // 16)] * len(chunks)
         layout = CudaLayout.build([q for q, _ in chunks], [k for _, k in chunks], pages, page_size=16)
@@ -146,13 +147,14 @@ def attention(s: Shape, chunks: list[tuple[int, int]], *, packed: bool = False) 
     )
 
 
-def _bounds(chunks: list[tuple[int, int]]) -> tuple[int, ...]:
-    return (0, *itertools.accumulate(queries for queries, _ in chunks))
+def _documents(chunks: list[tuple[int, int]]) -> Documents:
+    rows = sum(queries for queries, _ in chunks)
+    return Documents.of((0, *itertools.accumulate(queries for queries, _ in chunks)), rows, rows)
 
 
 def attention_gradients(s: Shape, documents: int, length: int) -> Cost:
     """Delta; dq with three products of every tile of queries and tile of keys that it sees; dk and dv with four."""
-    tiles = len(packed_work(_bounds([(length, length)] * documents), 0, s.heads // s.kv_heads, CPU).tiles)
+    tiles = len(packed_work(_documents([(length, length)] * documents), 0, s.heads // s.kv_heads, CPU).query_tiles)
     rows, per_document = documents * length, tiles // documents
     numbers = 8 * rows * s.heads  # lse and delta, or the gradient of lse and delta
     of_q, of_k = 2 * rows * s.heads * s.head_dim, 2 * rows * s.kv_heads * s.head_dim

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels import cuda_sampling
 from kernels.cuda_layout import CudaLayout, heads_of, packed_work
 from kernels.dispatch import CUDA, REFERENCE
+from kernels.documents import Documents
 from kernels.ops import LowRank, Packed
 from tests.cuda_host import draw
 
@@ -140,17 +141,19 @@ def _check_attention() -> None:
     shared = heads_of((0, 0), 1, torch.device("cpu"))
     heads = {"head_starts": shared.starts, "heads": shared.order}
     scores = {"window": 0, "scale": 1.0, "softcap": 0.0}
-    packed, lse = packed_work((0, 6), 0, 2, torch.device("cpu")), draw(5, 6, 2)
+    packed, lse = packed_work(Documents.of([0, 6], 6, 6), 0, 2, torch.device("cpu")), draw(5, 6, 2)
     varlen = {"q": HEADS, "k": KV_HEADS, "v": KV_HEADS} | heads | scores
     forward = Fuzz("attention_varlen", varlen | {"chunks": packed.chunks, "slopes": lse[0], "whole": packed.whole})
+    tiles = {"query_tiles": packed.query_tiles, "key_tiles": packed.key_tiles, "kv_heads": shared.kv_heads}
     given = {"out": HEADS, "lse": lse, "grad_out": HEADS, "grad_lse": lse}
-    backward = Fuzz("attention_varlen_grad", varlen | given | {"tiles": packed.tiles, "kv_heads": shared.kv_heads})
+    backward = Fuzz("attention_varlen_grad", varlen | given | tiles)
     backward.refuses("lse", lse[:5], "size 5 in dim 0, not 6")
     backward.refuses("grad_lse", lse[:, :1].contiguous(), "size 1 in dim 1, not 2")
     backward.refuses("grad_out", HEADS[:5], "size 5 in dim 0, not 6")
     backward.refuses("out", HEADS[..., :2].contiguous(), "size 2 in dim 2, not 4")
     backward.refuses("kv_heads", shared.order[:1], "size 1 in dim 0, not 2")
-    backward.refuses("tiles", packed.whole, "size 2 in dim 1, not 3")
+    backward.refuses("query_tiles", packed.whole, "size 2 in dim 1, not 6")
+    backward.refuses("key_tiles", packed.whole, "size 2 in dim 1, not 6")
     wide = {name: varlen[name].repeat(1, 1, 33) for name in "qkv"}
     Fuzz(backward.op, backward.arguments | wide).refuses("q", wide["q"], "head dim that isn't 1 to 128: 132")
 
@@ -170,11 +173,11 @@ def _check_attention() -> None:
         fuzz.run()
         fuzz.refuses("heads", shared.order[:1], "size 1 in dim 0, not 2")
         fuzz.refuses("head_starts", shared.starts[:0], "empty")
-        fuzz.refuses("window", -1, "must be 0, for none, or fit 32 bits")
-        fuzz.refuses("window", 1 << 31, "must be 0, for none, or fit 32 bits")
+        fuzz.refuses("window", -1, "must be 0, for none, or up to 2^30")
+        fuzz.refuses("window", 1 << 31, "must be 0, for none, or up to 2^30")
         fuzz.refuses("softcap", -1.0, "must be 0, for none, or positive")
     for fuzz in (forward, backward):
-        fuzz.refuses("k", KV_HEADS[:5], "size 5 in dim 0, not 6")
+        fuzz.refuses("v", KV_HEADS[:5], "size 5 in dim 0, not 6")
         fuzz.refuses("v", HEADS, "size 2 in dim 1, not 1")
 
 
@@ -193,6 +196,8 @@ def _check_wrappers() -> None:
     numbers = (torch.ones(2), torch.tensor([0, 0]), torch.ones(2), torch.ones(2), torch.zeros(2))
     for rows in ([0, 6], [-1, 0]):
         refused(f"rows={rows} must lie in 0..5", cuda_sampling.draw, x, torch.tensor(rows), *numbers)
+    far = Documents(query_bounds=(0, 6), key_bounds=(0, 6), offsets=(1 << 30,))
+    refused("offsets=(1073741824,) must lie", CUDA.attention_varlen, HEADS, KV_HEADS, KV_HEADS, far, scale=1.0)
     refused("dtype=torch.float64 must be one of", CUDA.loss_gradient, x, x[:, 0], torch.arange(6), torch.float64)
     refused("linear_grad_weight: out is not contiguous", CUDA.add_weight_gradient, draw(1, 4, 3).t(), draw(2, 6, 3), x)
     plain = REFERENCE.paged_layout([1], [1], [[0]], page_size=4)

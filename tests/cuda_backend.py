@@ -151,11 +151,22 @@ def check_attention_varlen() -> None:
             low = {name: x.to(dtype).requires_grad_() for name, x in inputs.items()}
             ours, theirs = (attend(ops, low, alibi_slopes=[0.1] * 5) for ops in (CUDA, REFERENCE))
             assert all(a.equal(b) and a.requires_grad for a, b in zip(ours, theirs, strict=True))
+    ring = Documents(query_bounds=(0, 20, 60), key_bounds=(0, 50, 60), offsets=(-3, 25))
+    for dtype in DTYPES:
+        shapes = {"q": (60, 4, 64), "k": (60, 2, 64), "v": (60, 2, 64)}
+        inputs = exactly({name: draw(i, *shape) for i, (name, shape) in enumerate(shapes.items())})
+        for window in (None, 20):
+            compare(
+                lambda o, t, w=window: o.attention_varlen(*t.values(), ring, window=w, scale=0.2)[:1], inputs, dtype
+            )
+            compare(
+                lambda o, t, w=window: o.attention_varlen(*t.values(), ring, window=w, scale=0.2),
+                inputs,
+                dtype,
+                grad=True,
+            )
     wide = draw(1, 3, 4, 1, 256).requires_grad_()
     ours, theirs = (ops.attention_varlen(*wide, [0, 4], scale=0.1) for ops in (CUDA, REFERENCE))
-    assert all(a.equal(b) for a, b in zip(ours, theirs, strict=True))
-    ring = Documents(query_bounds=(0, 3), key_bounds=(0, 4), offsets=(1,))
-    ours, theirs = (ops.attention_varlen(wide[0, :3], wide[1], wide[2], ring, scale=0.1) for ops in (CUDA, REFERENCE))
     assert all(a.equal(b) for a, b in zip(ours, theirs, strict=True))
 
 

@@ -53,14 +53,16 @@ struct RotaryArgs {
 // split: its parts are computed by different warps, laid down in `partials` and merged by a second kernel. Another chunk's
 // are merged on the way. Both give the same bits, so that the caller may choose: every chunk is in one list.
 //
-// Without block_table keys and values are packed as the queries are, [T, K, H]: chunks are whole documents, no prefixes.
+// Query i of a chunk stands at position i + offset: it sees the keys up to there. Without block_table keys and values are
+// packed, [S, K, H]: chunks are documents, whose queries and keys may differ in number, without prefixes.
 struct AttentionPagedArgs {
   void* out;                // [T, N, H]
   float* lse;               // [T, N]
   const void* q;            // [T, N, H]
   const void* key_cache;    // [P, S, K, H]
   const void* value_cache;
-  const int64_t* chunks;        // [B, 4]: first query row, queries, keys without the prefix, prefix entries
+  const int64_t* chunks;        // [B, 6]: first query row, queries, keys without the prefix, prefix entries, first row of
+                                // packed keys, offset
   const int64_t* block_table;   // [B, table_width] or null
   const int64_t* prefix_table;  // [B, prefix_width]
   const int32_t* head_starts;   // [K + 1]: where in `heads` the query heads of a kv head start
@@ -106,25 +108,27 @@ struct LinearGradWeightArgs {
   int32_t dtype;
 };
 
-// The gradients of causal attention inside packed documents, scores as above without slopes, from those of out and lse.
-// Every row belongs to one document.
+// The gradients of attention inside packed documents, scores as above without slopes, from those of out and lse. Every
+// row belongs to one document. An entry of a list of tiles: first query row, queries, first key row, keys, offset, and
+// which 64 of the queries, or of the keys.
 struct AttentionVarlenGradArgs {
   void* grad_q;            // [T, N, H]
-  void* grad_k;            // [T, K, H]
-  void* grad_v;            // [T, K, H]
+  void* grad_k;            // [S, K, H]
+  void* grad_v;            // [S, K, H]
   float* delta;            // [T, N] workspace
   const void* grad_out;    // [T, N, H]
   const float* grad_lse;   // [T, N] or null
   const void* out;         // [T, N, H]
   const float* lse;        // [T, N]
   const void* q;           // [T, N, H]
-  const void* k;           // [T, K, H]
-  const void* v;           // [T, K, H]
-  const int64_t* tiles;    // [num_tiles, 3]: a document's first row, its length, and which 64 of its positions
+  const void* k;           // [S, K, H]
+  const void* v;           // [S, K, H]
+  const int64_t* query_tiles;  // [num_query_tiles, 6]
+  const int64_t* key_tiles;    // [num_key_tiles, 6]
   const int32_t* kv_heads;     // [N]: the kv head of every query head
   const int32_t* head_starts;  // [K + 1]: where in `heads` the query heads of a kv head start
   const int32_t* heads;        // [N]
-  int64_t rows, num_tiles, num_heads, num_kv_heads;
+  int64_t rows, num_query_tiles, num_key_tiles, num_heads, num_kv_heads;
   int32_t head_dim;      // at most 128
   int32_t window;        // 0: none
   float scale, softcap;  // softcap 0: none

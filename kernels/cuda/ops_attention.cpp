@@ -5,8 +5,7 @@ namespace {
 
 template <class Args>
 void set_scores(const Call& call, int64_t window, double scale, double softcap, Args& a) {
-  call.check_that(window >= 0 && window <= std::numeric_limits<int32_t>::max(), "window=", window,
-                  " must be 0, for none, or fit 32 bits");
+  call.check_that(window >= 0 && window <= 1 << 30, "window=", window, " must be 0, for none, or up to 2^30");
   call.check_that(softcap >= 0, "softcap=", softcap, " must be 0, for none, or positive");
   a.window = int32_t(window), a.scale = float(scale), a.softcap = float(softcap);
 }
@@ -37,7 +36,7 @@ Attention prepare(const Call& call, const Tensor& q, const Tensor& chunks, const
   set_scores(call, window, scale, softcap, a);
   set_heads(call, q, head_starts, heads, a);
   a.chunks = call.longs("chunks", chunks, 2);
-  call.size("chunks", chunks, 1, 4);
+  call.size("chunks", chunks, 1, 6);
   if (slopes) {
     a.slopes = call.typed<float>("slopes", *slopes, 1, ScalarType::Float);
     call.size("slopes", *slopes, 0, q.size(1));
@@ -59,8 +58,8 @@ std::tuple<Tensor, Tensor> attention_varlen(const Tensor q, const Tensor k, cons
   Attention made = prepare(call, q, chunks, head_starts, heads, slopes, whole, window, scale, softcap);
   made.a.key_cache = call.floats("k", k, 3);
   made.a.value_cache = call.floats("v", v, 3);
-  call.shape("k", k, {q.size(0), made.a.num_kv_heads, q.size(2)});
-  call.shape("v", v, {q.size(0), made.a.num_kv_heads, q.size(2)});
+  call.shape("k", k, {k.size(0), made.a.num_kv_heads, q.size(2)});
+  call.shape("v", v, {k.size(0), made.a.num_kv_heads, q.size(2)});
   call.run(&onemesh_cuda_attention_paged, made.a);
   return {made.out, made.lse};
 }
@@ -102,10 +101,10 @@ std::tuple<Tensor, Tensor> attention_paged(const Tensor q, const Tensor key_cach
 
 std::tuple<Tensor, Tensor, Tensor> attention_varlen_grad(const Tensor q, const Tensor k, const Tensor v,
                                                          const Tensor out, const Tensor lse, const Tensor grad_out,
-                                                         std::optional<Tensor> grad_lse, const Tensor tiles,
-                                                         const Tensor kv_heads, const Tensor head_starts,
-                                                         const Tensor heads, int64_t window, double scale,
-                                                         double softcap) {
+                                                         std::optional<Tensor> grad_lse, const Tensor query_tiles,
+                                                         const Tensor key_tiles, const Tensor kv_heads,
+                                                         const Tensor head_starts, const Tensor heads, int64_t window,
+                                                         double scale, double softcap) {
   const Call call("attention_varlen_grad", "q", q);
   AttentionVarlenGradArgs a{};
   a.q = call.floats("q", q, 3);
@@ -113,21 +112,23 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_grad(const Tensor q, const T
   call.check_that(q.size(2) >= 1 && q.size(2) <= 128, "q has a head dim that isn't 1 to 128: ", q.size(2));
   set_scores(call, window, scale, softcap, a);
   set_heads(call, q, head_starts, heads, a);
-  const int64_t T = q.size(0), N = q.size(1), K = a.num_kv_heads, H = q.size(2);
   a.k = call.floats("k", k, 3);
+  const int64_t T = q.size(0), N = q.size(1), H = q.size(2), S = k.size(0), K = a.num_kv_heads;
   a.v = call.floats("v", v, 3);
   a.out = call.floats("out", out, 3);
   a.grad_out = call.floats("grad_out", grad_out, 3);
   a.lse = call.typed<float>("lse", lse, 2, ScalarType::Float);
   a.kv_heads = call.typed<int32_t>("kv_heads", kv_heads, 1, ScalarType::Int);
-  a.tiles = call.longs("tiles", tiles, 2);
-  call.shape("k", k, {T, K, H});
-  call.shape("v", v, {T, K, H});
+  a.query_tiles = call.longs("query_tiles", query_tiles, 2);
+  a.key_tiles = call.longs("key_tiles", key_tiles, 2);
+  call.shape("k", k, {S, K, H});
+  call.shape("v", v, {S, K, H});
   call.shape("out", out, {T, N, H});
   call.shape("grad_out", grad_out, {T, N, H});
   call.shape("lse", lse, {T, N});
   call.size("kv_heads", kv_heads, 0, N);
-  call.size("tiles", tiles, 1, 3);
+  call.size("query_tiles", query_tiles, 1, 6);
+  call.size("key_tiles", key_tiles, 1, 6);
   if (grad_lse) {
     a.grad_lse = call.typed<float>("grad_lse", *grad_lse, 2, ScalarType::Float);
     call.shape("grad_lse", *grad_lse, {T, N});
@@ -137,7 +138,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_grad(const Tensor q, const T
   Tensor grad_v = torch::stable::empty_like(v);
   a.delta = static_cast<float*>(delta.mutable_data_ptr());
   a.grad_q = grad_q.mutable_data_ptr(), a.grad_k = grad_k.mutable_data_ptr(), a.grad_v = grad_v.mutable_data_ptr();
-  a.rows = T, a.num_tiles = tiles.size(0), a.head_dim = int32_t(H), a.dtype = call.dtype();
+  a.rows = T, a.num_query_tiles = query_tiles.size(0), a.num_key_tiles = key_tiles.size(0);
+  a.head_dim = int32_t(H), a.dtype = call.dtype();
   call.run(&onemesh_cuda_attention_varlen_grad, a);
   return {grad_q, grad_k, grad_v};
 }
@@ -161,7 +163,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(onemesh_cuda, m) {
       "int partial_rows, int max_split_queries, int window, float scale, float softcap) -> (Tensor, Tensor)");
   m.def(
       "attention_varlen_grad(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor grad_out, Tensor? "
-      "grad_lse, Tensor tiles, Tensor kv_heads, Tensor head_starts, Tensor heads, int window, float scale, float "
-      "softcap) -> (Tensor, Tensor, Tensor)");
+      "grad_lse, Tensor query_tiles, Tensor key_tiles, Tensor kv_heads, Tensor head_starts, Tensor heads, int window, "
+      "float scale, float softcap) -> (Tensor, Tensor, Tensor)");
 }
 ONEMESH_CUDA_IMPL
