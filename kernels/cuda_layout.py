@@ -1,4 +1,4 @@
-"""Which CUDA blocks do what in one serving step: lists made once, that all layers with the same window share.
+"""Which CUDA blocks do what: lists made once for a step, that all layers with the same window share.
 
 Keys come in parts of 128 by absolute position. A chunk with few queries is *split*: its parts go to different warps,
 a second kernel merges them. The other chunks are *whole*: a block merges the parts of its rows on the way. Both give
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.documents import Documents
 from kernels.paged import PagedLayout
 
 PART = 128
@@ -23,6 +24,12 @@ SPLIT_PAIRS = 16
 """Pairs (query, head of a kv head's group) that a split chunk has at most: rows of one warp."""
 WHOLE_PAIRS = 64
 """Such pairs per block of a whole chunk."""
+GRADIENT_ROWS = 64
+"""Positions per entry of `PackedWork.query_tiles`, `LISTED` of attention_varlen_grad.cu."""
+MAX_OFFSET = 1 << 30
+"""Positions fit 32 bits."""
+ITEM_ROWS = 16
+"""Rows per item of a low-rank update at most, `ROWS` of lora.cu."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +52,9 @@ class CudaLayout(PagedLayout):
 
     @functools.cached_property
     def chunks(self) -> Tensor:
-        """int64 [B, 4]: `numbers`."""
-        return _integers(self.numbers, 4, self.block_table_BM.device)
+        """int64 [B, 6]: `numbers`, 0, and the position of the first query."""
+        rows = [(first, queries, keys, prefix, 0, keys - queries) for first, queries, keys, prefix in self.numbers]
+        return _integers(rows, 6, self.block_table_BM.device)
 
     @functools.cached_property
     def _made(self) -> dict[tuple[int, int, int], Work]:
@@ -68,17 +76,43 @@ class PackedWork:
     """Packed documents as chunks that are all whole."""
 
     chunks: Tensor
-    """int64 [B, 4]: first row, queries, keys, 0."""
+    """int64 [B, 6]: first row of q, queries, keys, 0, first row of k, offset."""
     whole: Tensor
     """As in `Work`."""
+    query_tiles: Tensor
+    """int64 [., 6], for the gradients: a document's first row of q, queries, first row of k, keys and offset, and which
+    64 of its queries."""
+    key_tiles: Tensor
+    """The same, and which 64 of its keys."""
 
 
 @functools.lru_cache(maxsize=16)  # the layers of a step, and its microbatches
-def packed_work(bounds: tuple[int, ...], window: int, group: int, device: torch.device) -> PackedWork:
-    """From `0 = c_0 <= c_1 <= ... <= c_B = T`."""
-    numbers = [(start, stop - start, stop - start, 0) for start, stop in itertools.pairwise(bounds)]
-    work = _plan(numbers, window, group, 0, device)
-    return PackedWork(chunks=_integers(numbers, 4, device), whole=work.whole)
+def packed_work(documents: Documents, window: int, group: int, device: torch.device) -> PackedWork:
+    """The lists for these documents, where a kv head serves at most `group` query heads. ValueError: a wild offset."""
+    if any(abs(offset) >= MAX_OFFSET for offset in documents.offsets):
+        raise ValueError(f"offsets={documents.offsets} must lie between -2^30 and 2^30")
+    rows = [(q.start, q.stop - q.start, k.start, k.stop - k.start, offset) for q, k, offset in documents.spans]
+    chunks = [(q, queries, keys, 0, k, offset) for q, queries, k, keys, offset in rows]
+    work = _plan([chunk[:4] for chunk in chunks], window, group, 0, device)
+    tiles = (
+        [(*row, tile) for row in rows for tile in range(-(-row[side] // GRADIENT_ROWS))]
+        for side in (1, 3)  # queries, keys
+    )
+    query_tiles, key_tiles = (_integers(found, 6, device) for found in tiles)
+    return PackedWork(
+        chunks=_integers(chunks, 6, device), whole=work.whole, query_tiles=query_tiles, key_tiles=key_tiles
+    )
+
+
+@functools.lru_cache(maxsize=16)  # the linears of a step, and its microbatches
+def low_rank_items(bounds: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """int64 [., 3] from the rows start .. stop - 1 of every update: its place in `bounds`, first row, 1 to 16 rows."""
+    items = [
+        (update, row, min(ITEM_ROWS, stop - row))
+        for update, (start, stop) in enumerate(bounds)
+        for row in range(start, stop, ITEM_ROWS)
+    ]
+    return _integers(items, 3, device)
 
 
 def _plan(numbers: Sequence[tuple[int, ...]], window: int, group: int, split_pairs: int, device: torch.device) -> Work:
@@ -117,6 +151,8 @@ class Heads:
     """[K + 1]: where in `order` the heads of a kv head start."""
     order: Tensor
     """[N] query heads, by kv head."""
+    kv_heads: Tensor
+    """[N] the kv head of every query head."""
     group: int
     """Most query heads that a kv head serves."""
 
@@ -129,5 +165,6 @@ def heads_of(kv_index: tuple[int, ...], num_kv_heads: int, device: torch.device)
     return Heads(
         starts=torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device),
         order=torch.tensor(order, dtype=torch.int32, device=device),
+        kv_heads=torch.tensor(kv_index, dtype=torch.int32, device=device),
         group=max(counts, default=0),
     )

@@ -6,15 +6,33 @@ writes the page. Nothing here is measured, and no time is derived: bytes are wha
 at least, operations what the kernel's instructions do, padding of tensor-core tiles included.
 """
 
+import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernels.cuda_layout import PART, SPLIT_PAIRS, WHOLE_PAIRS, CudaLayout
+import torch
 
+from kernels.cuda_layout import (
+    GRADIENT_ROWS,
+    ITEM_ROWS,
+    PART,
+    SPLIT_PAIRS,
+    WHOLE_PAIRS,
+    CudaLayout,
+    low_rank_items,
+    packed_work,
+)
+from kernels.documents import Documents
+
+CPU = torch.device("cpu")
 TILE, ROWS, THREADS = 32, 16, 128
 """Keys per tile, rows of a warp's tensor-core tile, threads of a block of the row kernels."""
+FEW_LIMIT, FEW, MANY, DEPTH = 32, (16, 64), (128, 128), 32
+"""Of linear.cu in 16 bits: rows up to which the small tile is taken, the two tiles, what a stage has of the depth."""
+STREAMED, DELTA_PAIRS = 32, 4
+"""Of attention_varlen_grad.cu: queries that keys go over at a time, (query, head) per block of `row_delta`."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +66,18 @@ class Shape:
     kv_heads: int
     head_dim: int
     ffn: int
+    vocabulary: int
 
 
-SHAPES = (Shape("SmolLM2-135M", 576, 9, 3, 64, 1536), Shape("Llama-3-8B", 4096, 32, 8, 128, 14336))
+SHAPES = (
+    Shape("SmolLM2-135M", 576, 9, 3, 64, 1536, 49152),
+    Shape("Llama-3-8B", 4096, 32, 8, 128, 14336, 128256),
+)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One launch (or two, with the merge) in bfloat16."""
+    """What an op launches, in bfloat16."""
 
     kernel: str
     case: str
@@ -89,15 +111,21 @@ def row_kernels(s: Shape, tokens: int) -> Iterator[Cost]:
     yield Cost("rotary + pages", case, blocks, megabytes, 3e-9 * elements)
 
 
-def attention(s: Shape, chunks: list[tuple[int, int]]) -> Cost:
-    """Chunks (queries, keys), all alike. Each reads its keys and values from memory once, however many blocks do."""
+def attention(s: Shape, chunks: list[tuple[int, int]], *, packed: bool = False) -> Cost:
+    """Chunks (queries, keys), all alike. Each reads its keys and values from memory once, however many blocks do.
+
+    packed: they are whole documents, in rows instead of pages.
+    """
     queries, keys = chunks[0]
     group = s.heads // s.kv_heads
-    is_split = queries * group <= SPLIT_PAIRS
-    pages = [[0] * -(-keys // 16)] * len(chunks)
-    layout = CudaLayout.build([q for q, _ in chunks], [k for _, k in chunks], pages, page_size=16)
-    work = layout.work(0, group)
-    blocks = s.kv_heads * (len(work.split) if is_split else len(work.whole))
+    is_split = not packed and queries * group <= SPLIT_PAIRS
+    if packed:
+        blocks, partial_rows = len(packed_work(_documents(chunks), 0, group, CPU).whole), 0
+    else:
+        pages = [[0] * -(-keys // 16)] * len(chunks)
+        layout = CudaLayout.build([q for q, _ in chunks], [k for _, k in chunks], pages, page_size=16)
+        work = layout.work(0, group)
+        blocks, partial_rows = len(work.split) if is_split else len(work.whole), work.partial_rows
     if is_split:
         rows, seen = ROWS * len(chunks), -(-keys // TILE) * TILE
         products = rows * seen
@@ -107,19 +135,102 @@ def attention(s: Shape, chunks: list[tuple[int, int]]) -> Cost:
         products = len(chunks) * WHOLE_PAIRS * sum((p // TILE + 1) * TILE for p in last)
     held = len(chunks) * keys * 2 * s.kv_heads * s.head_dim * 2
     moved = sum(q for q, _ in chunks) * s.heads * (2 * s.head_dim * 2 + 4)
-    partials = 2 * work.partial_rows * s.heads * (s.head_dim + 2) * 4
+    partials = 2 * partial_rows * s.heads * (s.head_dim + 2) * 4
+    what = f"{len(chunks)} x {queries} queries, {keys} keys"
     return Cost(
-        "attention, split" if is_split else "attention, whole",
-        f"{s.name}, {len(chunks)} x {queries} queries, {keys} keys",
-        blocks,
+        "attention, documents" if packed else "attention, split" if is_split else "attention, whole",
+        f"{s.name}, {f'{len(chunks)} x {queries} tokens' if packed else what}",
+        s.kv_heads * blocks,
         (held + moved + partials) / 1e6,
         4 * products * s.kv_heads * s.head_dim / 1e9,
         on_tensor_cores=True,
     )
 
 
+def _documents(chunks: list[tuple[int, int]]) -> Documents:
+    rows = sum(queries for queries, _ in chunks)
+    return Documents.of((0, *itertools.accumulate(queries for queries, _ in chunks)), rows, rows)
+
+
+def attention_gradients(s: Shape, documents: int, length: int) -> Cost:
+    """Delta; dq with three products of every tile of queries and tile of keys that it sees; dk and dv with four."""
+    tiles = len(packed_work(_documents([(length, length)] * documents), 0, s.heads // s.kv_heads, CPU).query_tiles)
+    rows, per_document = documents * length, tiles // documents
+    numbers = 8 * rows * s.heads  # lse and delta, or the gradient of lse and delta
+    of_q, of_k = 2 * rows * s.heads * s.head_dim, 2 * rows * s.kv_heads * s.head_dim
+    delta, for_q, for_k = 2 * of_q + numbers, 3 * of_q + 2 * of_k + numbers, 2 * of_q + 4 * of_k + numbers
+    seen_by_queries = sum(t + 1 for t in range(per_document)) * GRADIENT_ROWS**2
+    streamed = -(-length // STREAMED)
+    seen_by_keys = sum(streamed - t * GRADIENT_ROWS // STREAMED for t in range(per_document)) * STREAMED * GRADIENT_ROWS
+    products = documents * s.heads * (3 * seen_by_queries + 4 * seen_by_keys)
+    return Cost(
+        "attention, gradients",
+        f"{s.name}, {documents} x {length} tokens",
+        -(-rows * s.heads // DELTA_PAIRS) + tiles * (s.heads + s.kv_heads),
+        (delta + for_q + for_k) / 1e6,
+        (2 * products + 2 * rows * s.heads) * s.head_dim / 1e9,
+        on_tensor_cores=True,
+    )
+
+
+def _product(rows: int, columns: int, depth: int, tile: tuple[int, int]) -> tuple[int, int]:
+    """(blocks, operations) of a product in tiles, those at its borders whole."""
+    blocks = -(-rows // tile[0]) * -(-columns // tile[1])
+    return blocks, 2 * blocks * tile[0] * tile[1] * -(-depth // DEPTH) * DEPTH
+
+
+def linear(s: Shape, tokens: int) -> Iterator[Cost]:
+    """The linear from the model's width to that of its ffn, every factor read once, and its gradients."""
+    case, n, k = f"{s.name}, {tokens} tokens, {s.width} to {s.ffn}", s.ffn, s.width
+    x, w, y = 2 * tokens * k, 2 * n * k, 2 * tokens * n
+    blocks, operations = _product(tokens, n, k, FEW if tokens <= FEW_LIMIT else MANY)
+    yield Cost("linear", case, blocks, (x + w + y) / 1e6, operations / 1e9, on_tensor_cores=True)
+    if tokens <= FEW_LIMIT:
+        return
+    blocks, operations = _product(tokens, k, n, MANY)
+    yield Cost("linear, gradient of x", case, blocks, (x + w + y) / 1e6, operations / 1e9, on_tensor_cores=True)
+    blocks, operations = _product(n, k, tokens, MANY)
+    megabytes = (x + y + 4 * w) / 1e6  # what is added to, in float32, is read and written
+    yield Cost("linear, gradient of w", case, blocks, megabytes, operations / 1e9, on_tensor_cores=True)
+
+
+def low_rank(s: Shape, segments: int, length: int, rank: int = 16) -> Cost:
+    """Updates of that linear in segments of rows with an adapter each: both launches."""
+    items = len(low_rank_items(tuple((i * length, (i + 1) * length) for i in range(segments)), CPU))
+    rows, n, k = segments * length, s.ffn, s.width
+    (inner, first), (outer, second) = (
+        _product(ITEM_ROWS, columns, depth, FEW) for columns, depth in ((rank, k), (n, rank))
+    )
+    elements = rows * (k + 2 * rank + 2 * n) + segments * rank * (k + n)
+    return Cost(
+        "LoRA",
+        f"{s.name}, {segments} adapters x {length} tokens, rank {rank}, {k} to {n}",
+        items * (inner + outer),
+        2 * elements / 1e6,
+        items * (first + second) / 1e9,
+        on_tensor_cores=True,
+    )
+
+
+def logits(s: Shape, rows: int) -> Iterator[Cost]:
+    """Rows of float32 logits; a gradient in bfloat16. Operations as of the row kernels."""
+    case, elements = f"{s.name}, {rows} x {s.vocabulary}", rows * s.vocabulary
+    yield Cost("log_sum_exp", case, rows, 4e-6 * elements, 4e-9 * elements)
+    yield Cost("loss_gradient", case, rows, 6e-6 * elements, 3e-9 * elements)
+
+
+def draws(s: Shape, rows: int) -> Cost:
+    """With top_p: the largest, the whole sum, two searches of four passes, the id; each row read from memory once.
+
+    A pass takes 2 operations an element for its key, a weight 5; of a search's passes the first weighs all.
+    """
+    elements = rows * s.vocabulary
+    operations = (11 * 2 + 3 * 5) * elements
+    return Cost("draw", f"{s.name}, {rows} x {s.vocabulary}", rows, 4e-6 * elements, operations / 1e9)
+
+
 def costs() -> Iterator[Cost]:
-    """Decoding and prefill of two models."""
+    """Decoding, prefill and training of two models."""
     for s in SHAPES:
         yield from row_kernels(s, 64)
         yield from row_kernels(s, 4096)
@@ -128,6 +239,16 @@ def costs() -> Iterator[Cost]:
         yield attention(s, [(1, 32768)])
         yield attention(s, [(512, 512)] * 8)
         yield attention(s, [(2048, 8192)])
+        yield attention(s, [(512, 512)] * 8, packed=True)
+        yield attention_gradients(s, 8, 512)
+        yield attention_gradients(s, 2, 2048)
+        yield from linear(s, 1)
+        yield from linear(s, 32)
+        yield from linear(s, 4096)
+        yield low_rank(s, 8, 1)
+        yield low_rank(s, 1, 4096)
+        yield from logits(s, 512)
+        yield draws(s, 64)
 
 
 def page() -> str:
@@ -139,8 +260,10 @@ def page() -> str:
         "no GPU has run these kernels, and no speed follows from this page. In bfloat16:",
         "",
         "- bytes: what has to pass between memory and the SMs at least; keys and values once per chunk, although every",
-        "  block of a longer chunk reads them again (from the L2 cache, the model hopes); partial results both ways",
-        "- operations: what the kernels execute; a tensor-core tile has 16 rows, used or not, and 32 keys",
+        "  block of a longer chunk reads them again (from the L2 cache, the model hopes), factors of a linear once,",
+        "  although every tile reads its own; partial results both ways; launches of one op added up",
+        "- operations: what the kernels execute; a tensor-core tile has 16 rows, used or not, and 32 keys; tiles of a",
+        "  linear are 16 x 64 up to 32 rows, else 128 x 128; a draw's weights are float64, counted as float32",
         "- per SM: the launch's sum divided by the SMs, which supposes that blocks spread evenly over them",
         "- limit: memory below the ridge (peak operations per byte of memory bandwidth), else arithmetic",
         "",

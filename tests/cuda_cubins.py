@@ -70,6 +70,7 @@ def _tile_bytes(head_dim: int) -> int:
     return 4 * 32 * (head_dim + 8) * 2
 
 
+HALF = "(__half|__nv_bfloat16)"
 LDG, STG, MMA, COPY = r"LDG\.E\.128", r"STG\.E\.128", r"HMMA\.16816\.F32", r"LDGSTS\.E\.BYPASS\.128"
 CLAIMS = [
     Claim(kernel=r"(rms_norm|gate|rotary)<\w+, true>", registers=56, threads=128, warps=36, has=(LDG, STG)),
@@ -98,7 +99,7 @@ CLAIMS = [
     ),
     Claim(kernel=r"attend_rows<\w+, true, \w+>", registers=128, threads=128, warps=16, has=(LDG,)),
     Claim(kernel=r"attend_rows<\w+, false, \w+>", registers=128, threads=128, warps=16),
-    Claim(kernel=r"merge_parts<\w+>", registers=48, threads=128, warps=40),
+    Claim(kernel=r"(merge_parts|row_delta)<\w+>", registers=48, threads=128, warps=40),
     *(
         claim
         for layout, narrow, wide in (
@@ -126,7 +127,7 @@ CLAIMS = [
         )
     ),
     Claim(
-        kernel=r"multiply<(__half|__nv_bfloat16), false, false, 16, 64>",
+        kernel=rf"multiply<{HALF}, false, false, 16, 64>|multiply_segments<{HALF}, \w+>",
         registers=64,
         threads=128,
         shared=19200,
@@ -134,7 +135,7 @@ CLAIMS = [
         has=(MMA, COPY, "LDSM"),
     ),
     Claim(
-        kernel=r"multiply<float, false, false, 16, 64>",
+        kernel=r"multiply<float, false, false, 16, 64>|multiply_segments<float, \w+>",
         registers=128,
         threads=128,
         shared=19200,
@@ -143,37 +144,18 @@ CLAIMS = [
     ),
     *(
         Claim(kernel=kernel, registers=255, threads=128, shared=shared, warps=warps, has=(*has, COPY))
-        for half in ("(__half|__nv_bfloat16)",)
         for kernel, shared, warps, has in (
-            (f"grad_queries<{half}, 64>", 64512, 8, (MMA, "LDSM")),
-            (f"grad_queries<{half}, 128>", 113664, 4, (MMA, "LDSM")),
+            (f"grad_queries<{HALF}, 64>", 64512, 8, (MMA, "LDSM")),
+            (f"grad_queries<{HALF}, 128>", 113664, 4, (MMA, "LDSM")),
             ("grad_queries<float, 128>", 105984, 4, ("FFMA",)),
-            (f"grad_keys<{half}, 64>", 46080, 8, (MMA, "LDSM")),
-            (f"grad_keys<{half}, 128>", 78848, 8, (MMA, "LDSM")),
+            (f"grad_keys<{HALF}, 64>", 46080, 8, (MMA, "LDSM")),
+            (f"grad_keys<{HALF}, 128>", 78848, 8, (MMA, "LDSM")),
             ("grad_keys<float, 128>", 110592, 4, ("FFMA",)),
         )
     ),
-    Claim(kernel=r"row_delta<\w+>", registers=48, threads=128, warps=40),
-    Claim(
-        kernel=r"multiply_segments<(__half|__nv_bfloat16), \w+>",
-        registers=64,
-        threads=128,
-        shared=19200,
-        warps=32,
-        has=(MMA, COPY, "LDSM"),
-    ),
-    Claim(
-        kernel=r"multiply_segments<float, \w+>",
-        registers=128,
-        threads=128,
-        shared=19200,
-        warps=16,
-        has=("FFMA", COPY),
-    ),
-    Claim(kernel=r"row_sums<\w+, true>", registers=48, threads=256, warps=40, has=(LDG,)),
-    Claim(kernel=r"row_sums<\w+, false>", registers=48, threads=256, warps=40),
-    Claim(kernel=r"grad_logits<\w+, \w+, true>", registers=40, threads=256, warps=48, has=(LDG, STG)),
-    Claim(kernel=r"grad_logits<\w+, \w+, false>", registers=40, threads=256, warps=48),
+    Claim(kernel=r"log_sum_exp<\w+, true>", registers=40, threads=256, warps=48, has=(LDG,)),
+    Claim(kernel=r"loss_gradient<\w+, \w+, true>", registers=40, threads=256, warps=48, has=(LDG, STG)),
+    Claim(kernel=r"(log_sum_exp<\w+|loss_gradient<\w+, \w+), false>", registers=40, threads=256, warps=48),
     Claim(kernel="draw", registers=64, threads=256, warps=32),
 ]
 

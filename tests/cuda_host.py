@@ -292,6 +292,11 @@ def call(
     return outcome.runs
 
 
+def draw(seed: int, *shape: int) -> Tensor:
+    """Normal numbers in float32."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def assert_as_plain(got: Tensor, plain: Tensor, exact: Tensor) -> None:
     """The error of `got` is at most twice that of the plain computation in the same dtype, plus one rounding.
 

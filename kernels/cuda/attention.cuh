@@ -16,23 +16,28 @@ constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 // One chunk's numbers. Its tiles in order: those of the prefix, then those of the document from `first_tile` on, at the
 // border of a part; no query sees a key before.
 struct Chunk {
-  int64_t first_row;
-  int queries, keys, prefix;
+  int64_t first_row, first_key;
+  int queries, keys, prefix, offset;
   int prefix_tiles, first_tile, num_tiles;
   const int64_t *table, *prefix_table;
 
   __device__ Chunk(const AttentionPagedArgs& a, int64_t b) {
-    const int64_t* c = a.chunks + 4 * b;
-    first_row = c[0], queries = int(c[1]), keys = int(c[2]), prefix = int(c[3]);
+    const int64_t* c = a.chunks + 6 * b;
+    first_row = c[0], queries = int(c[1]), keys = int(c[2]), prefix = int(c[3]), first_key = c[4], offset = int(c[5]);
     table = a.block_table ? a.block_table + b * a.table_width : nullptr;
     prefix_table = a.prefix_table + b * a.prefix_width;
     // whole parts, so that a part is a multiple of PART_TILES in this numbering
     prefix_tiles = (prefix + TILE * PART_TILES - 1) / (TILE * PART_TILES) * PART_TILES;
-    const int lowest = a.window ? keys - queries - a.window + 1 : 0;
+    const int lowest = a.window ? offset - a.window + 1 : 0;
     first_tile = lowest > 0 ? lowest / (TILE * PART_TILES) * PART_TILES : 0;
     num_tiles = prefix_tiles + (keys + TILE - 1) / TILE - first_tile;
   }
-  __device__ int position(int query) const { return keys - queries + query; }
+  __device__ int position(int query) const { return offset + query; }
+  // How many of the tiles a query at this position may see.
+  __device__ int seen_tiles(int position) const {
+    const int last = min(position, keys - 1);
+    return last < 0 ? prefix_tiles : prefix_tiles + last / TILE + 1 - first_tile;
+  }
 };
 
 // A tile's keys: positions first .. first + 31 of one of the two segments, those from `length` on absent.
@@ -47,7 +52,7 @@ struct Tile {
     first = (is_prefix ? tile : c.first_tile + tile - c.prefix_tiles) * TILE;
     length = is_prefix ? c.prefix : c.keys;
     table = is_prefix ? c.prefix_table : c.table;
-    first_row = c.first_row;
+    first_row = c.first_key;
   }
   __device__ bool visible(int key, int position, int window) const {
     return key < length && (is_prefix || (key <= position && (!window || position - key < window)));

@@ -234,8 +234,7 @@ __global__ void __launch_bounds__(WHOLE_WARPS * 32, D == 64 ? 3 : 2) whole_mma(c
 #pragma unroll
   for (int i = 0; i < D / 2; ++i) totals[i * THREADS] = 0.f;
   // The last tile that a row of this block sees; the first: keys before are seen by no row.
-  const int last = c.position((min(first_row + ROWS * WHOLE_WARPS, num_rows) - 1) / group);
-  const int end = c.prefix_tiles + last / TILE + 1 - c.first_tile;
+  const int end = c.seen_tiles(c.position((min(first_row + ROWS * WHOLE_WARPS, num_rows) - 1) / group));
   fetch<T, D, COPIED>(a, Tile(c, 0), kv_head, warp * COPIED, buffers);
   ptx::cp_async_commit();
 #pragma unroll 1

@@ -82,8 +82,7 @@ __global__ void __launch_bounds__(ROW_WARPS * 32, 4) attend_rows(const Attention
     for (int i = lane; i < head_dim; i += 32) q[i] = to_float(static_cast<const T*>(a.q)[pair * head_dim + i]);
     __syncwarp();
     const int first = part * PART_TILES;
-    const int end = SPLIT ? min(first + PART_TILES, c.num_tiles)
-                          : c.prefix_tiles + position / TILE + 1 - c.first_tile;
+    const int end = SPLIT ? min(first + PART_TILES, c.num_tiles) : c.seen_tiles(position);
     Running total, run;
     for (int t = first; t < end; ++t) {
       attend<T, WHOLE>(a, Tile(c, t), q, kv_head, position, slope, run);

@@ -14,25 +14,33 @@ constexpr int STREAMED = 32;  // queries at a time that keys go over
 constexpr int LISTED = 64, MAX_HEAD = 128;  // positions per entry of `tiles`
 constexpr float LOG2_E = 1.4426950408889634f;
 
-// The block's document: which rows, and from which position on the block works.
-struct Document {
-  int64_t first_row;
-  int length, start;
+// A document's queries or keys among the rows of a pack.
+struct Rows {
+  int64_t first;
+  int length;
 
-  template <class T, class Args>
-  __device__ static Document of(const Args& a) {
-    constexpr int PARTS = LISTED / SIDE<T>;
-    const int64_t* item = a.tiles + 3 * (blockIdx.x / PARTS);
-    return {item[0], int(item[1]), int(item[2]) * LISTED + int(blockIdx.x) % PARTS * SIDE<T>};
-  }
-  // One head of [T, heads, head_dim].
+  // One head of [rows, heads, head_dim].
   template <class T>
   __device__ Matrix<T> head(const void* x, int64_t head, int64_t heads, int head_dim) const {
-    return Matrix<T>(static_cast<const T*>(x) + (first_row * heads + head) * head_dim, length, head_dim,
-                     heads * head_dim);
+    return Matrix<T>(static_cast<const T*>(x) + (first * heads + head) * head_dim, length, head_dim, heads * head_dim);
+  }
+};
+
+// The block's document, and from which of its queries or keys on the block works.
+struct Document {
+  Rows queries, keys;
+  int offset, start;
+
+  template <class T>
+  __device__ static Document of(const int64_t* tiles) {
+    constexpr int PARTS = LISTED / SIDE<T>;
+    const int64_t* item = tiles + 6 * (blockIdx.x / PARTS);
+    return {{item[0], int(item[1])}, {item[2], int(item[3])}, int(item[4]),
+            int(item[5]) * LISTED + int(blockIdx.x) % PARTS * SIDE<T>};
   }
   __device__ bool visible(int query, int key, int window) const {
-    return query < length && key <= query && (!window || query - key < window);
+    const int distance = query + offset - key;
+    return query < queries.length && key < keys.length && distance >= 0 && (!window || distance < window);
   }
 };
 
@@ -72,15 +80,16 @@ __device__ __forceinline__ void differentiate(const Args& a, const Document& d, 
 #pragma unroll
   for (int r = 0; r < Tile::OWN_ROWS; ++r) {
     const int query = first_query + Tile::row(r);
-    const int64_t at = (d.first_row + query) * a.num_heads + head;
-    const float lse = query < d.length ? a.lse[at] : 0.f, delta = query < d.length ? a.delta[at] : 0.f;
+    const int64_t at = (d.queries.first + query) * a.num_heads + head;
+    const bool is_row = query < d.queries.length;
+    const float lse = is_row ? a.lse[at] : 0.f, delta = is_row ? a.delta[at] : 0.f;
 #pragma unroll
     for (int c = 0; c < Tile::OWN_COLUMNS; ++c) {
       const bool visible = d.visible(query, first_key + Tile::column(c), a.window);
       const float s = scoring.score(scores.at(r, c));
       const float p = visible ? exp2f((s - lse) * LOG2_E) : 0.f;
       scores.at(r, c) = p;
-      grads.at(r, c) = p * (grads.at(r, c) - delta) * scoring.slope(s);
+      grads.at(r, c) = visible ? p * (grads.at(r, c) - delta) * scoring.slope(s) : 0.f;
     }
   }
 }
@@ -98,13 +107,13 @@ __global__ void __launch_bounds__(PRODUCT_THREADS) row_delta(const AttentionVarl
   if (threadIdx.x % 32 == 0) a.delta[pair] = a.grad_lse ? sum - a.grad_lse[pair] : sum;
 }
 
-// Rows of a tile to one head of [T, heads, head_dim].
+// A tile to rows `start`, ... of one head of [rows, heads, head_dim].
 template <class T, class Tile>
-__device__ __forceinline__ void write_head(const Document& d, Tile& tile, void* to, int64_t head, int64_t heads,
-                                           int head_dim, float factor) {
+__device__ __forceinline__ void write_head(const Rows& rows, int start, Tile& tile, void* to, int64_t head,
+                                           int64_t heads, int head_dim, float factor) {
   each(tile, [&](int r, int c, float value) {
-    if (d.start + r < d.length && c < head_dim)
-      static_cast<T*>(to)[((d.first_row + d.start + r) * heads + head) * head_dim + c] = from_float<T>(value * factor);
+    if (start + r < rows.length && c < head_dim)
+      static_cast<T*>(to)[((rows.first + start + r) * heads + head) * head_dim + c] = from_float<T>(value * factor);
   });
 }
 
@@ -114,15 +123,16 @@ __global__ void __launch_bounds__(PRODUCT_THREADS) grad_queries(const AttentionV
   DYN_SHARED(T, shared);
   T *queries = shared, *grads_out = queries + SIZE, *buffers = queries + 2 * SIZE, *laid = buffers + 4 * SIZE;
   const int head = blockIdx.y, kv_head = a.kv_heads[head];
-  const Document d = Document::of<T>(a);
-  if (d.start >= d.length) return;
-  const auto k = d.head<T>(a.k, kv_head, a.num_kv_heads, a.head_dim);
-  const auto v = d.head<T>(a.v, kv_head, a.num_kv_heads, a.head_dim);
+  const Document d = Document::of<T>(a.query_tiles);
+  if (d.start >= d.queries.length) return;
+  const auto k = d.keys.head<T>(a.k, kv_head, a.num_kv_heads, a.head_dim);
+  const auto v = d.keys.head<T>(a.v, kv_head, a.num_kv_heads, a.head_dim);
   // The tiles of keys that a query of the block sees.
-  const int first = a.window && d.start >= a.window ? (d.start - a.window + 1) / S : 0;
-  const int last = (min(d.start + S, d.length) - 1) / S;
-  fetch_pair<S, D>(d.head<T>(a.q, head, a.num_heads, a.head_dim), d.head<T>(a.grad_out, head, a.num_heads, a.head_dim),
-                   d.start, queries);
+  const int lowest = a.window ? d.start + d.offset - a.window + 1 : 0, first = lowest > 0 ? lowest / S : 0;
+  const int highest = min(min(d.start + S, d.queries.length) - 1 + d.offset, d.keys.length - 1);
+  const int last = highest < 0 ? -1 : highest / S;
+  fetch_pair<S, D>(d.queries.head<T>(a.q, head, a.num_heads, a.head_dim),
+                   d.queries.head<T>(a.grad_out, head, a.num_heads, a.head_dim), d.start, queries);
   fetch_pair<S, D>(k, v, first * S, buffers);
   ptx::cp_async_commit();
   Tile<T, S, D, 4> sums;
@@ -144,7 +154,7 @@ __global__ void __launch_bounds__(PRODUCT_THREADS) grad_queries(const AttentionV
     sums.template add<S>(Factor<false, S, T>{laid}, Factor<true, D, T>{keys});
     __syncthreads();  // before all of this is written again
   }
-  write_head<T>(d, sums, a.grad_q, head, a.num_heads, a.head_dim, a.scale);
+  write_head<T>(d.queries, d.start, sums, a.grad_q, head, a.num_heads, a.head_dim, a.scale);
 }
 
 template <class T, int D>
@@ -153,22 +163,23 @@ __global__ void __launch_bounds__(PRODUCT_THREADS) grad_keys(const AttentionVarl
   DYN_SHARED(T, shared);
   T *keys = shared, *buffers = keys + 2 * SIZE, *weights = buffers + 2 * STAGE, *laid = weights + STREAMED * LINE<T, S>;
   const int kv_head = blockIdx.y;
-  const Document d = Document::of<T>(a);
-  if (d.start >= d.length) return;
+  const Document d = Document::of<T>(a.key_tiles);
+  if (d.start >= d.keys.length) return;
   // All pairs of a head that reads these keys and a tile of queries that sees them.
-  const int first = d.start / STREAMED;
-  const int64_t reach = int64_t(d.start) + S - 1 + (a.window ? a.window : int64_t(d.length));
-  const int count = int(min(int64_t(d.length), reach) - 1) / STREAMED - first + 1;
+  const int first = max(d.start - d.offset, 0) / STREAMED;
+  const int64_t reach = int64_t(d.start) + S - 1 - d.offset + a.window;
+  const int end = a.window ? int(max(min(reach, int64_t(d.queries.length)), int64_t(0))) : d.queries.length;
+  const int count = max((end + STREAMED - 1) / STREAMED - first, 0);
   const int* heads = a.heads + a.head_starts[kv_head];
   const int num_steps = (a.head_starts[kv_head + 1] - a.head_starts[kv_head]) * count;
   const auto fetch_queries = [&](int step) {
     const int head = heads[step / count];
-    fetch_pair<STREAMED, D>(d.head<T>(a.q, head, a.num_heads, a.head_dim),
-                            d.head<T>(a.grad_out, head, a.num_heads, a.head_dim),
+    fetch_pair<STREAMED, D>(d.queries.head<T>(a.q, head, a.num_heads, a.head_dim),
+                            d.queries.head<T>(a.grad_out, head, a.num_heads, a.head_dim),
                             (first + step % count) * STREAMED, buffers + step % 2 * STAGE);
   };
-  fetch_pair<S, D>(d.head<T>(a.k, kv_head, a.num_kv_heads, a.head_dim),
-                   d.head<T>(a.v, kv_head, a.num_kv_heads, a.head_dim), d.start, keys);
+  fetch_pair<S, D>(d.keys.head<T>(a.k, kv_head, a.num_kv_heads, a.head_dim),
+                   d.keys.head<T>(a.v, kv_head, a.num_kv_heads, a.head_dim), d.start, keys);
   if (num_steps) fetch_queries(0);
   ptx::cp_async_commit();
   Tile<T, S, D, 4> sums_k, sums_v;
@@ -193,8 +204,8 @@ __global__ void __launch_bounds__(PRODUCT_THREADS) grad_keys(const AttentionVarl
     sums_k.template add<STREAMED>(Factor<true, S, T>{laid}, Factor<true, D, T>{queries});
     __syncthreads();  // before all of this is written again
   }
-  write_head<T>(d, sums_k, a.grad_k, kv_head, a.num_kv_heads, a.head_dim, a.scale);
-  write_head<T>(d, sums_v, a.grad_v, kv_head, a.num_kv_heads, a.head_dim, 1.f);
+  write_head<T>(d.keys, d.start, sums_k, a.grad_k, kv_head, a.num_kv_heads, a.head_dim, a.scale);
+  write_head<T>(d.keys, d.start, sums_v, a.grad_v, kv_head, a.num_kv_heads, a.head_dim, 1.f);
 }
 
 template <class T, int D>
@@ -202,12 +213,17 @@ int launch_head(const AttentionVarlenGradArgs& a, cudaStream_t stream) {
   constexpr size_t own = 2 * SIDE<T> * LINE<T, D>;  // elements; then the streamed ones and P, dS
   constexpr size_t bytes_q = (3 * own + SIDE<T> * LINE<T, SIDE<T>>) * sizeof(T);
   constexpr size_t bytes_k = (own + 4 * STREAMED * LINE<T, D> + 2 * STREAMED * LINE<T, SIDE<T>>) * sizeof(T);
-  const unsigned tiles = unsigned(a.num_tiles * (LISTED / SIDE<T>));
+  const auto blocks = [](int64_t tiles) { return unsigned(tiles * (LISTED / SIDE<T>)); };
+  const dim3 of_queries(blocks(a.num_query_tiles), unsigned(a.num_heads));
+  const dim3 of_keys(blocks(a.num_key_tiles), unsigned(a.num_kv_heads));
   const dim3 block(PRODUCT_THREADS);
   const int64_t pairs = a.rows * a.num_heads, per_block = PRODUCT_THREADS / 32;
-  int error = launch(&row_delta<T>, dim3(unsigned((pairs + per_block - 1) / per_block)), block, 0, stream, a);
-  if (!error) error = launch(&grad_queries<T, D>, dim3(tiles, unsigned(a.num_heads)), block, bytes_q, stream, a);
-  if (!error) error = launch(&grad_keys<T, D>, dim3(tiles, unsigned(a.num_kv_heads)), block, bytes_k, stream, a);
+  int error = cudaSuccess;
+  if (a.num_query_tiles) {
+    error = launch(&row_delta<T>, dim3(unsigned((pairs + per_block - 1) / per_block)), block, 0, stream, a);
+    if (!error) error = launch(&grad_queries<T, D>, of_queries, block, bytes_q, stream, a);
+  }
+  if (!error && a.num_key_tiles) error = launch(&grad_keys<T, D>, of_keys, block, bytes_k, stream, a);
   return error;
 }
 
@@ -215,7 +231,7 @@ int launch_head(const AttentionVarlenGradArgs& a, cudaStream_t stream) {
 
 extern "C" int onemesh_cuda_attention_varlen_grad(const AttentionVarlenGradArgs* args, void* stream) {
   if (args->head_dim < 1 || args->head_dim > MAX_HEAD || args->num_heads > 65535) return cudaErrorInvalidValue;
-  if (!args->num_tiles || !args->num_heads) return cudaSuccess;
+  if (!args->num_heads || !args->num_kv_heads) return cudaSuccess;
   return with_dtype(args->dtype, [&](auto x) {
     using T = decltype(x);
     if constexpr (sizeof(T) == 2)

@@ -1,5 +1,5 @@
-// Cross-entropy over rows of logits, in two steps with what several ranks have to exchange in between: a row's maximum,
-// sum of exponentials and target logit; then the gradient of the logits.
+// Cross-entropy over rows of logits, in two steps between which several ranks may merge theirs: a row's log-sum-exp, then
+// the gradient of the logits.
 #include "vector.cuh"
 
 namespace {
@@ -24,7 +24,7 @@ __device__ __forceinline__ float weight(float x, float top) { return top == -INF
 
 // One block per row. A thread takes vectors threadIdx.x, threadIdx.x + THREADS, ... of the row.
 template <class T, bool WHOLE>
-__global__ void __launch_bounds__(THREADS) row_sums(const CrossEntropyArgs a) {
+__global__ void __launch_bounds__(THREADS) log_sum_exp(const LogSumExpArgs a) {
   constexpr int N = Vec<T>::N;
   const int64_t row = blockIdx.x;
   const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
@@ -44,52 +44,48 @@ __global__ void __launch_bounds__(THREADS) row_sums(const CrossEntropyArgs a) {
   }
   const float top = block_max(max);
   sum = block_sum<WARPS>(__fmul_rn(sum, weight(max, top)));
-  if (threadIdx.x) return;
-  const int64_t target = a.targets[row];
-  a.max[row] = top;
-  a.sum[row] = sum;
-  a.picked[row] = target >= 0 && target < a.width ? to_float(logits[target]) : 0.f;
+  if (threadIdx.x == 0) a.out[row] = top + logf(sum);
 }
 
 template <class T, class Out, bool WHOLE>
-__global__ void __launch_bounds__(THREADS) grad_logits(const CrossEntropyGradArgs a) {
+__global__ void __launch_bounds__(THREADS) loss_gradient(const LossGradientArgs a) {
   constexpr int N = Vec<Out>::N;
-  const int64_t row = blockIdx.x, target = a.targets[row];
-  const float lse = a.lse[row], factor = *a.factor;
+  const int64_t row = blockIdx.x, target = a.target[row];
+  const float lse = a.lse[row];
   const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
   Out* out = static_cast<Out*>(a.out) + row * a.width;
   for (int64_t i = threadIdx.x * N; i < a.width; i += THREADS * N) {
     float x[N];
     load<WHOLE>(logits + i, a.width - i, x);
 #pragma unroll
-    for (int j = 0; j < N; ++j) x[j] = __fmul_rn(expf(x[j] - lse) - (i + j == target ? 1.f : 0.f), factor);
+    for (int j = 0; j < N; ++j) x[j] = expf(x[j] - lse) - (i + j == target ? 1.f : 0.f);
     store<WHOLE>(out + i, a.width - i, x);
   }
 }
 
 template <class T>
-int launch_sums(const CrossEntropyArgs& a, cudaStream_t stream) {
+int launch_lse(const LogSumExpArgs& a, cudaStream_t stream) {
   const bool whole = on_borders(static_cast<const T*>(a.logits), a.stride) && a.width % Vec<T>::N == 0;
-  const auto kernel = whole ? &row_sums<T, true> : &row_sums<T, false>;
+  const auto kernel = whole ? &log_sum_exp<T, true> : &log_sum_exp<T, false>;
   return launch(kernel, dim3(unsigned(a.rows)), dim3(THREADS), 0, stream, a);
 }
 
 template <class T, class Out>
-int launch_grad(const CrossEntropyGradArgs& a, cudaStream_t stream) {
+int launch_grad(const LossGradientArgs& a, cudaStream_t stream) {
   const bool whole = on_borders(static_cast<const T*>(a.logits), a.stride) &&
                      on_borders(static_cast<const Out*>(a.out), a.width);
-  const auto kernel = whole ? &grad_logits<T, Out, true> : &grad_logits<T, Out, false>;
+  const auto kernel = whole ? &loss_gradient<T, Out, true> : &loss_gradient<T, Out, false>;
   return launch(kernel, dim3(unsigned(a.rows)), dim3(THREADS), 0, stream, a);
 }
 
 }  // namespace
 
-extern "C" int onemesh_cuda_cross_entropy(const CrossEntropyArgs* args, void* stream) {
+extern "C" int onemesh_cuda_log_sum_exp(const LogSumExpArgs* args, void* stream) {
   if (!args->rows) return cudaSuccess;
-  return with_dtype(args->dtype, [&](auto x) { return launch_sums<decltype(x)>(*args, cudaStream_t(stream)); });
+  return with_dtype(args->dtype, [&](auto x) { return launch_lse<decltype(x)>(*args, cudaStream_t(stream)); });
 }
 
-extern "C" int onemesh_cuda_cross_entropy_grad(const CrossEntropyGradArgs* args, void* stream) {
+extern "C" int onemesh_cuda_loss_gradient(const LossGradientArgs* args, void* stream) {
   if (args->dtype != FLOAT32 && args->out_dtype != args->dtype) return cudaErrorInvalidValue;
   if (!args->rows || !args->width) return cudaSuccess;
   return with_dtype(args->out_dtype, [&](auto out) {

@@ -53,14 +53,16 @@ struct RotaryArgs {
 // split: its parts are computed by different warps, laid down in `partials` and merged by a second kernel. Another chunk's
 // are merged on the way. Both give the same bits, so that the caller may choose: every chunk is in one list.
 //
-// Without block_table keys and values are packed as the queries are, [T, K, H]: chunks are whole documents, no prefixes.
+// Query i of a chunk stands at position i + offset: it sees the keys up to there. Without block_table keys and values are
+// packed, [S, K, H]: chunks are documents, whose queries and keys may differ in number, without prefixes.
 struct AttentionPagedArgs {
   void* out;                // [T, N, H]
   float* lse;               // [T, N]
   const void* q;            // [T, N, H]
   const void* key_cache;    // [P, S, K, H]
   const void* value_cache;
-  const int64_t* chunks;        // [B, 4]: first query row, queries, keys without the prefix, prefix entries
+  const int64_t* chunks;        // [B, 6]: first query row, queries, keys without the prefix, prefix entries, first row of
+                                // packed keys, offset
   const int64_t* block_table;   // [B, table_width] or null
   const int64_t* prefix_table;  // [B, prefix_width]
   const int32_t* head_starts;   // [K + 1]: where in `heads` the query heads of a kv head start
@@ -90,11 +92,11 @@ struct LinearArgs {
 
 // out = grad weight
 struct LinearGradInputArgs {
-  void* out;           // [T, K]
+  void* out;           // [T, K], float32 or of grad's type
   const void* grad;    // [T, N]
   const void* weight;  // [N, K]
   int64_t rows, width_in, width_out;
-  int32_t dtype;
+  int32_t dtype, out_dtype;
 };
 
 // out += grad^T x
@@ -106,62 +108,60 @@ struct LinearGradWeightArgs {
   int32_t dtype;
 };
 
-// The gradients of causal attention inside packed documents, scores as above without slopes, from those of out and lse.
-// Every row belongs to one document.
+// The gradients of attention inside packed documents, scores as above without slopes, from those of out and lse. Every
+// row belongs to one document. An entry of a list of tiles: first query row, queries, first key row, keys, offset, and
+// which 64 of the queries, or of the keys.
 struct AttentionVarlenGradArgs {
   void* grad_q;            // [T, N, H]
-  void* grad_k;            // [T, K, H]
-  void* grad_v;            // [T, K, H]
+  void* grad_k;            // [S, K, H]
+  void* grad_v;            // [S, K, H]
   float* delta;            // [T, N] workspace
   const void* grad_out;    // [T, N, H]
   const float* grad_lse;   // [T, N] or null
   const void* out;         // [T, N, H]
   const float* lse;        // [T, N]
   const void* q;           // [T, N, H]
-  const void* k;           // [T, K, H]
-  const void* v;           // [T, K, H]
-  const int64_t* tiles;    // [num_tiles, 3]: a document's first row, its length, and which 64 of its positions
+  const void* k;           // [S, K, H]
+  const void* v;           // [S, K, H]
+  const int64_t* query_tiles;  // [num_query_tiles, 6]
+  const int64_t* key_tiles;    // [num_key_tiles, 6]
   const int32_t* kv_heads;     // [N]: the kv head of every query head
   const int32_t* head_starts;  // [K + 1]: where in `heads` the query heads of a kv head start
   const int32_t* heads;        // [N]
-  int64_t rows, num_tiles, num_heads, num_kv_heads;
+  int64_t rows, num_query_tiles, num_key_tiles, num_heads, num_kv_heads;
   int32_t head_dim;      // at most 128
   int32_t window;        // 0: none
   float scale, softcap;  // softcap 0: none
   int32_t dtype;
 };
 
-// out += scale (x A^T) B^T in segments of rows, each with an adapter of its own; other rows stay as they are.
+// out += (x A^T) B^T in segments of rows, each with an adapter of its own; other rows stay as they are. What A gives is
+// rounded to x's type.
 struct LoraArgs {
-  void* out;      // [T, N] by out_stride
+  void* out;      // [T, N] by out_stride, float32 or of x's type
   void* hidden;   // [T, R] workspace
   const void* x;  // [T, K] by x_stride
   const void* a;  // [L, R, K], smaller ranks filled up with zeros
   const void* b;  // [L, N, R]
-  const float* scales;   // [L]
   const int64_t* items;  // [num_items, 3]: adapter, first row, 1 to 16 rows
   int64_t num_items, width_in, width_out, rank, x_stride, out_stride;
-  int32_t dtype;
+  int32_t dtype, out_dtype;
 };
 
-// Of each row its maximum, sum of exp(logit - maximum) and the target's logit, 0 for a target outside of 0 .. V-1.
-struct CrossEntropyArgs {
-  float* max;     // [T]
-  float* sum;     // [T]
-  float* picked;  // [T]
-  const void* logits;      // [T, V] by stride
-  const int64_t* targets;  // [T]
+// out = log(sum(exp(row)))
+struct LogSumExpArgs {
+  float* out;          // [T]
+  const void* logits;  // [T, V] by stride
   int64_t rows, width, stride;
   int32_t dtype;
 };
 
-// out = (exp(logits - lse) - onehot(target)) factor; float32 logits may be written as another type.
-struct CrossEntropyGradArgs {
-  void* out;           // [T, V], may be the logits themselves
-  const void* logits;  // [T, V] by stride
-  const float* lse;    // [T]
-  const int64_t* targets;
-  const float* factor;  // [1]
+// out = exp(logits - lse) - onehot(target); float32 logits may be written as another type.
+struct LossGradientArgs {
+  void* out;              // [T, V], may be the logits themselves
+  const void* logits;     // [T, V] by stride
+  const float* lse;       // [T]
+  const int64_t* target;  // [T], outside of 0 .. V-1 where it isn't among these columns
   int64_t rows, width, stride;
   int32_t dtype, out_dtype;
 };
@@ -193,7 +193,7 @@ int onemesh_cuda_linear(const LinearArgs* args, void* stream);
 int onemesh_cuda_linear_grad_input(const LinearGradInputArgs* args, void* stream);
 int onemesh_cuda_linear_grad_weight(const LinearGradWeightArgs* args, void* stream);
 int onemesh_cuda_lora(const LoraArgs* args, void* stream);
-int onemesh_cuda_cross_entropy(const CrossEntropyArgs* args, void* stream);
-int onemesh_cuda_cross_entropy_grad(const CrossEntropyGradArgs* args, void* stream);
+int onemesh_cuda_log_sum_exp(const LogSumExpArgs* args, void* stream);
+int onemesh_cuda_loss_gradient(const LossGradientArgs* args, void* stream);
 int onemesh_cuda_draw(const DrawArgs* args, void* stream);
 }

@@ -62,7 +62,8 @@ template <class T>
 int grad_input(const LinearGradInputArgs& a, cudaStream_t stream) {
   const Product<T> p{Matrix<T>(a.grad, a.rows, a.width_out, a.width_out),
                      Matrix<T>(a.weight, a.width_out, a.width_in, a.width_in),
-                     a.rows, a.width_in, a.width_out, nullptr, a.out, a.width_in, sizeof(T) == 4, false};
+                     a.rows, a.width_in, a.width_out, nullptr, a.out, a.width_in, a.out_dtype == FLOAT32,
+                     false};
   return launch_tiles<T, false, true, MANY<T>, MANY<T>>(p, stream);
 }
 
@@ -83,6 +84,7 @@ extern "C" int onemesh_cuda_linear(const LinearArgs* args, void* stream) {
 }
 
 extern "C" int onemesh_cuda_linear_grad_input(const LinearGradInputArgs* args, void* stream) {
+  if (args->out_dtype != FLOAT32 && args->out_dtype != args->dtype) return cudaErrorInvalidValue;
   if (!args->rows || !args->width_in) return cudaSuccess;
   return with_dtype(args->dtype, [&](auto x) { return grad_input<decltype(x)>(*args, cudaStream_t(stream)); });
 }

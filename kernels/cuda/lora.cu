@@ -1,5 +1,5 @@
-// LoRA of several adapters in one batch (grouped as in Punica's SGMV, arXiv:2310.18547): out += scale (x A^T) B^T, each
-// segment of rows with its adapter's factors. Two launches, the inner product in between rounded to the factors' type.
+// LoRA of several adapters in one batch (grouped as in Punica's SGMV, arXiv:2310.18547): out += (x A^T) B^T, each segment
+// of rows with its adapter's factors. Two launches, the inner product in between rounded to the factors' type.
 #include "product.cuh"
 
 namespace {
@@ -23,8 +23,13 @@ __global__ void __launch_bounds__(PRODUCT_THREADS) multiply_segments(const LoraA
   each(tile, [&](int r, int c, float value) {
     if (first + r >= end || column + c >= width) return;
     if constexpr (OUT) {
-      T* out = static_cast<T*>(a.out) + (first + r) * a.out_stride + column + c;
-      *out = from_float<T>(__fmaf_rn(a.scales[adapter], value, to_float(*out)));
+      const int64_t at = (first + r) * a.out_stride + column + c;
+      if (a.out_dtype == FLOAT32) {
+        static_cast<float*>(a.out)[at] += value;
+      } else {
+        T* out = static_cast<T*>(a.out) + at;
+        *out = from_float<T>(to_float(*out) + value);
+      }
     } else {
       static_cast<T*>(a.hidden)[(first + r) * a.rank + column + c] = from_float<T>(value);
     }
@@ -43,6 +48,7 @@ int lora(const LoraArgs& a, cudaStream_t stream) {
 }  // namespace
 
 extern "C" int onemesh_cuda_lora(const LoraArgs* args, void* stream) {
+  if (args->out_dtype != FLOAT32 && args->out_dtype != args->dtype) return cudaErrorInvalidValue;
   if (args->width_out > 65535 * int64_t(COLUMNS) || args->rank > 65535 * int64_t(COLUMNS)) return cudaErrorInvalidValue;
   if (!args->num_items || !args->rank || !args->width_out) return cudaSuccess;
   return with_dtype(args->dtype, [&](auto x) { return lora<decltype(x)>(*args, cudaStream_t(stream)); });

@@ -14,17 +14,12 @@ from torch import Tensor
 from kernels import reference
 from kernels.cuda_layout import SPLIT_PAIRS, CudaLayout, heads_of
 from kernels.reference import check_kv_index, merge_attention, working_dtype
-from tests.cuda_host import DTYPES, FORWARD, KERNELS, KINDS, ORDERS, assert_as_plain, build, call, mutant, seeded
+from tests.cuda_host import DTYPES, FORWARD, ORDERS, assert_as_plain, call, draw, mutant, seeded
 
 SOURCE = "attention_paged.cu"
 CPU = torch.device("cpu")
 INVALID = 1 << 40
 """An entry of a block table that nobody may use."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _built() -> None:
-    build(*((KERNELS / SOURCE, kind) for kind in KINDS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +47,7 @@ class Case:
         return check_kv_index(self.heads, self.kv_heads, self.kv_index)
 
     def draw(self, seed: int, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(self.dtype)
+        return draw(seed, *shape).to(self.dtype)
 
     @property
     def slopes(self) -> Tensor | None:

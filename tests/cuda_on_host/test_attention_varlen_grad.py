@@ -11,27 +11,22 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.cuda_layout import heads_of
+from kernels.cuda_layout import heads_of, packed_work
+from kernels.documents import Documents
 from kernels.reference import check_kv_index, working_dtype
-from tests.cuda_host import DTYPES, FORWARD, KERNELS, KINDS, ORDERS, assert_as_plain, build, call, plant, seeded
+from tests.cuda_host import DTYPES, FORWARD, ORDERS, assert_as_plain, call, draw, plant, seeded
 
 SOURCE = "attention_varlen_grad.cu"
-LISTED = 64
-"""Positions per entry of the list of tiles."""
 GRADS = ("grad_q", "grad_k", "grad_v")
 Orders = Sequence[tuple[int, int]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _built() -> None:
-    build(*((KERNELS / SOURCE, kind) for kind in KINDS))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Packed documents of these lengths."""
+    """Packed documents of these lengths, or a `ring` whose queries and keys differ in number."""
 
-    documents: Sequence[int]
+    documents: Sequence[int] = ()
+    ring: Documents | None = None
     heads: int = 2
     kv_heads: int = 1
     head_dim: int = 64
@@ -43,12 +38,9 @@ class Case:
     """Whether lse has a gradient."""
 
     @property
-    def rows(self) -> int:
-        return sum(self.documents)
-
-    @property
-    def bounds(self) -> list[int]:
-        return [0, *itertools.accumulate(self.documents)]
+    def pack(self) -> Documents:
+        bounds = [0, *itertools.accumulate(self.documents)]
+        return self.ring or Documents.of(bounds, bounds[-1], bounds[-1])
 
     @property
     def index(self) -> tuple[int, ...]:
@@ -59,22 +51,22 @@ class Case:
         return self.head_dim**-0.5
 
     def inputs(self) -> dict[str, Tensor]:
-        """Those of document b depend on b and its length alone."""
-        shapes = {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads, "grad_out": self.heads}
-        found = {}
-        for i, (name, heads) in enumerate(shapes.items()):
-            parts = [_draw(10 * b + i, length, heads, self.head_dim) for b, length in enumerate(self.documents)]
+        """Those of document b depend on b and its lengths alone."""
+        shapes = {"q": (0, self.heads), "k": (1, self.kv_heads), "v": (1, self.kv_heads), "grad_out": (0, self.heads)}
+        found, spans = {}, self.pack.spans
+        for i, (name, (side, heads)) in enumerate(shapes.items()):
+            lengths = [span[side].stop - span[side].start for span in spans]
+            parts = [draw(10 * b + i, length, heads, self.head_dim) for b, length in enumerate(lengths)]
             found[name] = torch.cat(parts).to(self.dtype)
-        found["grad_lse"] = torch.cat([_draw(10 * b + 5, n, self.heads) for b, n in enumerate(self.documents)])
+        found["grad_lse"] = torch.cat(
+            [draw(10 * b + 5, q.stop - q.start, self.heads) for b, (q, _, _) in enumerate(spans)]
+        )
         return found
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(out, lse) of the reference, with the cap added where there is one."""
-        if self.softcap:
-            return self._capped(q, k, v)
-        return reference.attention_varlen(
-            q, k, v, self.bounds, kv_index=self.index, window=self.window, scale=self.scale
-        )
+        """(out, lse) of the reference."""
+        options = {"window": self.window, "scale": self.scale, "soft_cap": self.softcap or None}
+        return reference.attention_varlen(q, k, v, self.pack, kv_index=self.index, **options)
 
     def spec(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The gradients, by autograd."""
@@ -84,24 +76,6 @@ class Case:
         seeds = (x["grad_out"], x["grad_lse"] if self.with_lse else torch.zeros_like(lse))
         return dict(zip(GRADS, torch.autograd.grad((out, lse), leaves, seeds), strict=True))
 
-    def _capped(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        work, outs, lses = working_dtype(q.dtype), [], []
-        for start, stop in itertools.pairwise(self.bounds):
-            rows, i = slice(start, stop), torch.arange(stop - start)
-            keys, values = (t[rows][:, list(self.index)].to(work) for t in (k, v))
-            scores = torch.einsum("tnh,snh->nts", q[rows].to(work), keys) * self.scale
-            distance = i[:, None] - i
-            hidden = (distance < 0) | (distance >= (self.window or stop))
-            scores = (self.softcap * torch.tanh(scores / self.softcap)).masked_fill(hidden, -torch.inf)
-            lse = scores.logsumexp(-1)
-            outs.append(torch.einsum("nts,snh->tnh", torch.exp(scores - lse[..., None]), values).to(q.dtype))
-            lses.append(lse.T)
-        return torch.cat(outs), torch.cat(lses)
-
-
-def _draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
 
 def grads_of(
     case: Case, *, kind: str = "plain", orders: Orders = (FORWARD,), inputs: dict[str, Tensor] | None = None
@@ -110,11 +84,7 @@ def grads_of(
     x = case.inputs() if inputs is None else inputs
     out, lse = case.forward(x["q"], x["k"], x["v"])
     heads = heads_of(case.index, case.kv_heads, torch.device("cpu"))
-    tiles = [
-        (start, stop - start, tile)
-        for start, stop in itertools.pairwise(case.bounds)
-        for tile in range(-(-(stop - start) // LISTED))
-    ]
+    work = packed_work(case.pack, 0, heads.group, torch.device("cpu"))
     values = {name: torch.full_like(x[name[-1]], torch.nan) for name in GRADS} | {
         "delta": torch.full_like(lse, torch.nan),
         "grad_out": x["grad_out"],
@@ -124,12 +94,14 @@ def grads_of(
         "q": x["q"],
         "k": x["k"],
         "v": x["v"],
-        "tiles": torch.tensor(tiles, dtype=torch.int64).view(-1, 3),
-        "kv_heads": torch.tensor(case.index, dtype=torch.int32),
+        "query_tiles": work.query_tiles,
+        "key_tiles": work.key_tiles,
+        "kv_heads": heads.kv_heads,
         "head_starts": heads.starts,
         "heads": heads.order,
-        "rows": case.rows,
-        "num_tiles": len(tiles),
+        "rows": len(lse),
+        "num_query_tiles": len(work.query_tiles),
+        "num_key_tiles": len(work.key_tiles),
         "num_heads": case.heads,
         "num_kv_heads": case.kv_heads,
         "head_dim": case.head_dim,
@@ -151,6 +123,13 @@ def check(case: Case, *, kind: str = "plain", orders: Orders = (FORWARD,)) -> No
 
 
 RAGGED = (1, 64, 100, 3, 0, 65)
+RING = Documents(
+    query_bounds=(0, 1, 66, 66, 130, 140, 145),
+    key_bounds=(0, 70, 70, 75, 205, 215, 224),
+    offsets=(80, 0, 3, -20, 5, 300),
+)
+"""One that sees all keys, one without keys, one without queries, one whose first 20 see none, one that sees some more
+than its own, one that with a window sees none."""
 
 CASES = {
     "ragged": Case(documents=RAGGED),
@@ -164,6 +143,9 @@ CASES = {
     "window and cap": Case(documents=(150,), window=65, softcap=2.0, head_dim=40),
     "float32": Case(documents=(1, 33, 100), dtype=torch.float32, window=50),
     "float32, odd head": Case(documents=(40, 3), dtype=torch.float32, head_dim=37, softcap=2.0),
+    "ring": Case(ring=RING),
+    "ring, window": Case(ring=RING, window=40, heads=3, head_dim=128, dtype=torch.float16),
+    "ring, float32": Case(ring=RING, window=70, softcap=2.0, dtype=torch.float32),
     "odd head": Case(documents=(40, 7), head_dim=5, dtype=torch.float16),
 }
 
@@ -204,9 +186,15 @@ MUTANTS = {
     ),
     "the last queries of a window are left out": (
         "attention_varlen_grad.cu",
-        "int64_t(d.start) + S - 1 +",
-        "int64_t(d.start) +",
+        "int64_t(d.start) + S - 1 -",
+        "int64_t(d.start) -",
     ),
+    "queries that see the keys from before are left out": (
+        "attention_varlen_grad.cu",
+        "max(d.start - d.offset, 0)",
+        "d.start",
+    ),
+    "an offset is forgotten": ("attention_varlen_grad.cu", "query + offset - key", "query - key"),
     "a slope for the cap is forgotten": ("attention_varlen_grad.cu", " * scoring.slope(s)", ""),
 }
 """What stands there instead: these cases must notice."""
@@ -215,8 +203,13 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_noticed(name, tmp_path, monkeypatch):
     plant(monkeypatch, tmp_path, *MUTANTS[name])
-    with pytest.raises(AssertionError):
+
+    def verify() -> None:
         check(CASES["window and cap"], orders=ORDERS[:3])
+        check(CASES["ring, float32"])
+
+    with pytest.raises(AssertionError):
+        verify()
 
 
 @pytest.mark.parametrize("kind", ["asan", "tsan"])
@@ -224,6 +217,8 @@ def test_sanitizers(kind):
     for name, documents in {"ragged": (66, 3), "head 128": (40,), "float32": (35,), "odd head": (33,)}.items():
         case = replace(CASES[name], documents=documents, heads=2, window=50)
         check(case, kind=kind, orders=(FORWARD, seeded(4)))
+    check(CASES["ring"], kind=kind)
+    check(CASES["ring, float32"], kind=kind)
 
 
 def test_a_head_that_no_kernel_takes():

@@ -10,16 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cuda_host import FORWARD, KERNELS, KINDS, ORDERS, build, call, plant, seeded
+from tests.cuda_host import FORWARD, ORDERS, call, plant, seeded
 
 SOURCE = "draw.cu"
 Numbers = tuple[float, int, float, float, float]
 """temperature, top_k, top_p, min_p, u"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _built() -> None:
-    build(*((KERNELS / SOURCE, kind) for kind in KINDS))
 
 
 def drawn(

@@ -9,21 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cuda_host import KINDS, ORDERS, Outcome, arguments, build, program, run
+from tests.cuda_host import KINDS, ORDERS, Outcome, arguments, draw, program, run
 
 SOURCE = Path(__file__).with_name("planted.cu")
 LINES = SOURCE.read_text().splitlines()
-
-
-def draw(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(7))
 
 
 def mirrored_sum(x: Tensor) -> Tensor:
     return x.sum(0).flip(0)
 
 
-PAGES = draw(6, 4)
+PAGES = draw(7, 6, 4)
 PAGES[2, 3] = PAGES[5] = torch.nan  # slots that no sequence uses
 TABLE = torch.tensor([[3, 0], [1, 2]])
 LENGTHS = torch.tensor([8, 7])
@@ -31,8 +27,8 @@ PAGED = {"x": PAGES, "table": TABLE, "lengths": LENGTHS, "blocks": 2, "width": 2
 SUMS = torch.stack([PAGES[3].sum() + PAGES[0].sum(), PAGES[1].sum() + PAGES[2, :3].sum()])
 FULL = {"table": TABLE.flip(0), "lengths": LENGTHS.flip(0)}  # the last sequence's last page is full
 INVALID = {"table": torch.tensor([[3, 0, 1 << 40], [1, 2, 1 << 40]]), "width": 3}
-FACTORS = draw(24, 16).bfloat16()
-X = draw(4, 64)
+FACTORS = draw(7, 24, 16).bfloat16()
+X = draw(7, 4, 64)
 
 RIGHT = {
     "combine": ({"x": X, "out": torch.zeros(4), "blocks": 4}, X.sum(1)),
@@ -52,11 +48,6 @@ RIGHT = {
     ),
 }
 """Kernel -> its arguments, what comes out of the right program."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _built() -> None:
-    build(*((SOURCE, kind) for kind in KINDS))
 
 
 def perform(kernel: str, kind: str, *, bug: int = 0, **changed: object) -> Outcome:
@@ -163,7 +154,7 @@ CAUGHT = {
     "a float4 off its border": (
         "unaligned",
         1,
-        {"x": draw(129)},
+        {"x": draw(7, 129)},
         {"asan": says("misaligned address", "unaligned: read")},
     ),
     "two threads write one element": ("writers", 1, {}, {"tsan": race("writers: write")}),

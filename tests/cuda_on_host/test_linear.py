@@ -10,21 +10,12 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from tests.cuda_host import DTYPES, FORWARD, KERNELS, KINDS, ORDERS, assert_as_plain, build, call, plant, seeded
+from tests.cuda_host import DTYPES, FORWARD, ORDERS, assert_as_plain, call, draw, plant, seeded
 
 SOURCE = "linear.cu"
 FEW_LIMIT = 32
 """Rows up to which the kernel for few rows is taken."""
 Orders = Sequence[tuple[int, int]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _built() -> None:
-    build(*((KERNELS / SOURCE, kind) for kind in KINDS))
-
-
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def called(op: str, values: dict[str, Any], kind: str, orders: Orders, shift: dict[str, int] | None = None) -> Tensor:
@@ -107,8 +98,10 @@ def grads(rows: int, width_in: int, width_out: int, dtype: torch.dtype, kind: st
         draw(3, rows, width_out).to(dtype),
     )
     sizes = {"grad": grad, "rows": rows, "width_in": width_in, "width_out": width_out, "dtype": DTYPES[dtype]}
-    grad_x = called("linear_grad_input", sizes | {"out": torch.full_like(x, torch.nan), "weight": w}, kind, orders)
-    assert_as_plain(grad_x, grad @ w, grad.double() @ w.double())
+    for out in {dtype, torch.float32}:
+        values = sizes | {"out": torch.full_like(x, torch.nan, dtype=out), "weight": w, "out_dtype": DTYPES[out]}
+        grad_x = called("linear_grad_input", values, kind, orders)
+        assert_as_plain(grad_x, grad.to(out) @ w.to(out), grad.double() @ w.double())
     before = draw(4, width_out, width_in)
     grad_w = called("linear_grad_weight", sizes | {"out": before, "x": x}, kind, orders)
     plain, exact = (before.to(t) + grad.to(t).T @ x.to(t) for t in (torch.float32, torch.float64))
@@ -127,7 +120,8 @@ def test_a_gradient_of_a_row_doesnt_depend_on_the_others(dtype):
 
     def grad_x(grad_TN: Tensor) -> Tensor:
         values = {"out": torch.zeros(len(grad_TN), 24, dtype=dtype), "grad": grad_TN, "weight": w}
-        values |= {"rows": len(grad_TN), "width_in": 24, "width_out": 40, "dtype": DTYPES[dtype]}
+        values |= {"rows": len(grad_TN), "width_in": 24, "width_out": 40}
+        values |= {"dtype": DTYPES[dtype], "out_dtype": DTYPES[dtype]}
         return called("linear_grad_input", values, "plain", (FORWARD,))
 
     assert grad_x(grad[130:]).equal(grad_x(grad)[130:])
@@ -176,5 +170,9 @@ def test_sanitizers(kind):
 
 
 def test_another_result_type_is_refused():
+    x, w = draw(1, 2, 8).half(), draw(2, 3, 8).half()
     with pytest.raises(AssertionError, match=r"\[1\]"):
-        linear(draw(1, 2, 8).half(), draw(2, 3, 8).half(), out=torch.bfloat16)
+        linear(x, w, out=torch.bfloat16)
+    values = {"out": x.bfloat16(), "grad": draw(3, 2, 3).half(), "weight": w, "rows": 2, "width_in": 8, "width_out": 3}
+    with pytest.raises(AssertionError, match=r"\[1\]"):
+        called("linear_grad_input", values | {"dtype": 1, "out_dtype": 2}, "plain", (FORWARD,))

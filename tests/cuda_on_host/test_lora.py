@@ -9,23 +9,13 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from tests.cuda_host import DTYPES, FORWARD, KERNELS, KINDS, ORDERS, assert_as_plain, build, call, plant, seeded
+from kernels.cuda_layout import low_rank_items
+from tests.cuda_host import DTYPES, FORWARD, ORDERS, assert_as_plain, call, draw, plant, seeded
 
 SOURCE = "lora.cu"
-ITEM_ROWS = 16
-SCALES = torch.tensor([0.5, 2.0, 1.25])
 Segments = Sequence[tuple[int, int, int]]
 """Adapter, first row, end."""
 Orders = Sequence[tuple[int, int]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _built() -> None:
-    build(*((KERNELS / SOURCE, kind) for kind in KINDS))
-
-
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def inputs(rows: int, width_in: int, width_out: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -34,16 +24,14 @@ def inputs(rows: int, width_in: int, width_out: int, rank: int, dtype: torch.dty
 
 
 def updated(x: dict[str, Tensor], segments: Segments, *, kind: str = "plain", orders: Orders = (FORWARD,)) -> Tensor:
-    items = [
-        (adapter, row, min(ITEM_ROWS, end - row))
-        for adapter, first, end in segments
-        for row in range(first, end, ITEM_ROWS)
-    ]
+    """By the items of the op, which has the factors of every segment in one tensor."""
+    adapters = [adapter for adapter, _, _ in segments]
+    x = x | {"a": x["a"][adapters], "b": x["b"][adapters]}
+    items = low_rank_items(tuple((first, end) for _, first, end in segments), torch.device("cpu"))
     (rows, width_in), (_, width_out, rank) = x["x"].shape, x["b"].shape
     values = x | {
         "hidden": torch.full((rows, rank), torch.nan, dtype=x["x"].dtype),
-        "scales": SCALES,
-        "items": torch.tensor(items, dtype=torch.int64).view(-1, 3),
+        "items": items,
         "num_items": len(items),
         "width_in": width_in,
         "width_out": width_out,
@@ -51,6 +39,7 @@ def updated(x: dict[str, Tensor], segments: Segments, *, kind: str = "plain", or
         "x_stride": width_in,
         "out_stride": width_out,
         "dtype": DTYPES[x["x"].dtype],
+        "out_dtype": DTYPES[x["out"].dtype],
     }
     first, *others = call(SOURCE, "lora", values, kind=kind, orders=orders)
     assert all(other["out"].equal(first["out"]) for other in others)
@@ -62,7 +51,7 @@ def spec(x: dict[str, Tensor], segments: Segments, dtype: torch.dtype) -> Tensor
     out = x["out"].clone()
     for adapter, first, end in segments:
         hidden = reference.linear(x["x"][first:end], x["a"][adapter])
-        out[first:end] += reference.linear(hidden, x["b"][adapter]) * float(SCALES[adapter])
+        out[first:end] += reference.linear(hidden, x["b"][adapter])
     return out
 
 
@@ -95,6 +84,19 @@ def test_a_row_doesnt_depend_on_its_segment(dtype):
     assert updated(x, [(1, 0, 7), (1, 7, 40)]).equal(at_once)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_sum_in_float32_is_not_rounded(dtype):
+    """Inner products are: the error is that of one rounding in the middle, not of another at the end."""
+    x = inputs(53, 96, 72, 8, dtype)
+    x["out"] = draw(9, 53, 72) * 1e4
+    got, plain = updated(x, SEGMENTS), spec(x, SEGMENTS, torch.float64)
+    for adapter, first, end in SEGMENTS:
+        hidden = (x["x"][first:end].float() @ x["a"][adapter].float().T).to(dtype).double()
+        plain[first:end] = x["out"][first:end].double() + hidden @ x["b"][adapter].double().T
+    assert got.dtype == torch.float32
+    assert_as_plain(got, plain.float(), plain)
+
+
 def test_without_an_adapter_nothing_is_launched():
     x = inputs(4, 8, 8, 2, torch.bfloat16)
     assert updated(x, []).equal(x["out"])
@@ -119,3 +121,9 @@ def test_a_mutant_is_noticed(name, tmp_path, monkeypatch):
 def test_sanitizers(kind):
     for dtype in (torch.bfloat16, torch.float32):
         check(inputs(50, 40, 70, 5, dtype), kind=kind, orders=(FORWARD, seeded(6)))
+
+
+def test_another_result_type_is_refused():
+    x = inputs(50, 40, 70, 5, torch.float16)
+    with pytest.raises(AssertionError, match=r"\[1\]"):
+        updated(x | {"out": x["out"].bfloat16()}, SEGMENTS)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels import cuda_roofline
+from kernels import cuda_layout, cuda_roofline
 from tests.cuda_cubins import ARCHITECTURES, CLAIMS, Cubin, claim_for, cubins, every_cubin, release, table, warps_per_sm
 from tests.cuda_host import KERNELS, ROOT
 
@@ -70,6 +70,21 @@ def test_no_source_knows_torch(source: Path):
         assert not re.search(r"#include.*(torch|ATen|c10)", text), path
         assert path.name == "ptx.cuh" or "asm" not in text, path
         assert path.name == "launch.cuh" or not re.search(r"<<<|__shared__", text), path
+
+
+def test_the_model_and_the_lists_have_the_numbers_of_the_sources():
+    """What `cuda_layout` and `cuda_roofline` repeat of the constants of kernels/cuda."""
+    text = "".join(path.read_text() for path in (*SOURCES, *KERNELS.glob("*.cuh")))
+    for line in (
+        f"constexpr int FEW_ROWS = {cuda_roofline.FEW[0]}, FEW_COLUMNS = {cuda_roofline.FEW[1]}, "
+        f"FEW_LIMIT = {cuda_roofline.FEW_LIMIT};",
+        f"constexpr int MANY = sizeof(T) == 2 ? {cuda_roofline.MANY[0]} : 64;",
+        f"DEPTH = {2 * cuda_roofline.DEPTH} / sizeof(T);",
+        f"constexpr int STREAMED = {cuda_roofline.STREAMED};",
+        f"constexpr int LISTED = {cuda_layout.GRADIENT_ROWS}, ",
+        f"constexpr int ROWS = {cuda_layout.ITEM_ROWS}, COLUMNS = {cuda_roofline.FEW[1]};",
+    ):
+        assert line in text, line
 
 
 def test_the_roofline_page_is_that_of_the_model():

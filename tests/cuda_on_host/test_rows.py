@@ -11,19 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
-from tests.cuda_host import DTYPES, FORWARD, KERNELS, KINDS, ORDERS, assert_as_plain, build, call, mutant
+from tests.cuda_host import DTYPES, FORWARD, ORDERS, assert_as_plain, call, draw, mutant
 
 SOURCE = "rows.cu"
 Spec = Callable[..., Tensor]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _built() -> None:
-    build(*((KERNELS / SOURCE, kind) for kind in KINDS))
-
-
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def check(results: list[dict[str, Tensor]], name: str, dtype: torch.dtype, spec: Spec, *inputs: Tensor) -> None:
