@@ -33,6 +33,11 @@ class Replays:
         self._seen: set[tuple[object, ...]] = set()
         self._steps: OrderedDict[tuple[object, ...], DecodeStep] = OrderedDict()
 
+    @property
+    def steps(self) -> tuple[DecodeStep, ...]:
+        """What is recorded."""
+        return tuple(self._steps.values())
+
     def run(
         self, chunks: Sequence[Chunk], used: Sequence[LoadedAdapter | None], hidden: Tensor | None
     ) -> Tensor | None:
