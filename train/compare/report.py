@@ -11,8 +11,10 @@ from train.compare.cases import LAYOUTS, PEERS, SHAPES, TOKENS, flops
 from train.compare.launch import Measured
 
 OURS = "onemesh"
-FIRST_LOSS_TOLERANCE: Mapping[str, float] = {"float32": 1e-5, "bfloat16": 3e-4}
-"""Relative distance between two contenders' losses before any update, by the computation's type."""
+FIRST_LOSS_TOLERANCE: Mapping[str, float] = {"float32": 1e-5, "bfloat16": 1e-3}
+"""Relative distance between two contenders' losses before any update, by the computation's type.
+
+In bfloat16 it is half of one value's largest rounding error: some round the residual stream, some the logits."""
 
 
 @dataclass
