@@ -15,7 +15,7 @@ from types import FrameType
 from conf import load
 from conf.check import check
 from conf.schema import Config, ConfigError
-from parallel import comm
+from parallel import backend, comm
 from parallel.comm import Launch
 from parallel.model.source import Source, open_source
 from serve import api
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str]) -> int:
         source = open_source(config.model)
         config = check(config, "serve", launch.world_size, source.architecture)
         check_adapters(config.adapters, source)
+        backend.check_instruction_set()
         if launch.rank == 0:
             tokenizer = source.tokenizer()
             handle = api.start(host=config.host, port=config.port, tokenizer=tokenizer, api_key=config.serve.api_key)
