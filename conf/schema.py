@@ -347,7 +347,7 @@ class ShowConfig:
 class CompareConfig:
     """`train.compare`: which part of the comparison is measured."""
 
-    shapes: tuple[str, ...] = option(("small", "smol"), "Models: small, smol (SmolLM2-135M), tiny (a trial).")
+    shapes: tuple[str, ...] = option(("small",), "Models: small, smol (SmolLM2-135M's shape), tiny (a trial).")
     dtypes: tuple[str, ...] = option(("bfloat16", "float32"), "Computation types.")
     layouts: tuple[str, ...] = option(
         ("single", "data", "tensor", "pipeline", "lora", "prefix"), "Layouts of two ranks, and adapters on one."

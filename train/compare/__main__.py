@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that contenders are ended too
     python = config.peer_python or sys.executable
     missing = [name for name in config.peers if not launch.importable(python, PEERS[name].package)]
     rows: list[Row] = []
