@@ -24,8 +24,8 @@ class Row:
     shape: str
     dtype: str
     layout: str
-    peak: float
-    """Operations per second of a large matrix product of this type, just before, on all cores."""
+    peak: float = 0.0
+    """Operations per second of a large matrix product of this type on all cores, the best between contenders."""
     measured: dict[str, list[Measured]] = field(default_factory=dict)
     """Contender -> its rounds."""
     absent: dict[str, str] = field(default_factory=dict)
