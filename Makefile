@@ -11,7 +11,7 @@ help:
 	@echo "make demo      fine-tune a small chat model, serve it, ask it"
 	@echo "make test      every test"
 	@echo "make check     lint, types and the quick tests"
-	@echo "make bench     speed beside transformers, into docs/benchmarks"
+	@echo "make bench     speed beside other servers and trainers, into docs/benchmarks"
 	@echo "make lint      ruff and the type checker"
 
 install: $(STAMP)
@@ -44,6 +44,7 @@ lint: install
 
 bench: install
 	$(BIN)/python -m serve.compare
+	$(BIN)/python -m train.compare
 
 clean:
 	rm -rf build kernels/_cpu.so kernels/_cuda.so $(STAMP) *.egg-info .pytest_cache .ruff_cache .hypothesis

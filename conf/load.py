@@ -40,6 +40,7 @@ from conf.schema import (
     ROOTS,
     SERVING,
     BenchConfig,
+    CompareConfig,
     Config,
     ConfigError,
     GenerateConfig,
@@ -49,7 +50,7 @@ from conf.schema import (
 )
 
 FOLDER = Path(__file__).parent
-UNCHECKED = ("bench", "show")
+UNCHECKED = ("bench", "show", "compare")
 """Commands without a model, which `conf.check` does not see."""
 AXES = ("data", "pipeline", "context", "tensor")
 Values = list[tuple[str, Any]]
@@ -67,6 +68,8 @@ def load(argv: Sequence[str], command: Literal["generate"]) -> GenerateConfig: .
 def load(argv: Sequence[str], command: Literal["bench"]) -> BenchConfig: ...
 @overload
 def load(argv: Sequence[str], command: Literal["show"]) -> ShowConfig: ...
+@overload
+def load(argv: Sequence[str], command: Literal["compare"]) -> CompareConfig: ...
 def load(argv: Sequence[str], command: str) -> Any:
     """The configuration of a command from its arguments (`sys.argv[1:]`), types checked.
 

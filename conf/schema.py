@@ -343,6 +343,23 @@ class ShowConfig:
     out: str | None = option(None, "Picture file (.svg, .png); default: the terminal.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """`train.compare`: which part of the comparison is measured."""
+
+    shapes: tuple[str, ...] = option(("small",), "Models: small, smol (SmolLM2-135M's shape), tiny (a trial).")
+    dtypes: tuple[str, ...] = option(("bfloat16", "float32"), "Computation types.")
+    layouts: tuple[str, ...] = option(
+        ("single", "data", "tensor", "pipeline", "lora", "prefix"), "Layouts of two ranks, and adapters on one."
+    )
+    peers: tuple[str, ...] = option(("megatron", "torch", "deepspeed", "peft"), "Who takes part besides ours.")
+    peer_python: str | None = option(None, "Interpreter that has the peers; default: the one that runs this.")
+    microbatch_rows: int = option(1, "Rows of a microbatch, for everyone.", FROM_1)
+    steps: int = option(2, "Steps measured in a round, after a warm-up step.", FROM_1)
+    rounds: int = option(1, "Rounds in which everyone runs once.", FROM_1)
+    out: str = option("docs/benchmarks/training.md", "Markdown file for the report.")
+
+
 ROOTS: Mapping[str, type] = {
     "train": Config,
     "serve": Config,
@@ -351,5 +368,6 @@ ROOTS: Mapping[str, type] = {
     "generate": GenerateConfig,
     "bench": BenchConfig,
     "show": ShowConfig,
+    "compare": CompareConfig,
 }
 """The class of each command's configuration."""

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.reference import working_dtype
+from kernels.checks import working_dtype
 
 _EXTRA_COLUMNS = 16
 """Columns appended to the head dim for the gradient of lse: two are used, the rest keep rows aligned."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.reference import working_dtype
+from kernels.checks import working_dtype
 
 NormBackward = Callable[[Tensor, Tensor | None, Tensor, Tensor, float, bool], tuple[Tensor, Tensor | None]]
 """(grad [T, D] of the normed, grad of the sum or None, x, w, eps, whether w's is wanted) -> (grad of x, of w)."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import checks
 from kernels.documents import Documents
 from kernels.paged import PagedLayout
 
@@ -52,12 +52,12 @@ def attention_varlen(
     window: int | None = None,
     scale: float,
     soft_cap: float | None = None,
-    alibi_slopes: reference.Slopes | None = None,
+    alibi_slopes: checks.Slopes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.attention_varlen`, row-invariant, in O(T) memory, forward and backward; even head dims up to 256."""
     _check(q_TNH, k_SKH, v_SKH, 3)
-    reference.check_options(q_TNH.shape[1], window, soft_cap, alibi_slopes)
-    heads = reference.check_kv_index(q_TNH.shape[1], k_SKH.shape[1], kv_index)
+    checks.check_options(q_TNH.shape[1], window, soft_cap, alibi_slopes)
+    heads = checks.check_kv_index(q_TNH.shape[1], k_SKH.shape[1], kv_index)
     table = Documents.of(documents, q_TNH.shape[0], k_SKH.shape[0]).table()
     rest = (table, list(heads), window or 0, scale, soft_cap or 0.0)
     inputs = q_TNH.contiguous(), k_SKH.contiguous(), v_SKH.contiguous(), _slopes(alibi_slopes)
@@ -99,17 +99,17 @@ def attention_paged(
     window: int | None = None,
     scale: float,
     soft_cap: float | None = None,
-    alibi_slopes: reference.Slopes | None = None,
+    alibi_slopes: checks.Slopes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.attention_paged`, row-invariant; needs a `CpuLayout`; even head dims up to 256."""
     _check(q_TNH, key_cache_PSKH, value_cache_PSKH, 4)
     if not isinstance(layout, CpuLayout):
         raise ValueError(f"layout must come from this backend's paged_layout, got {type(layout).__name__}")
     layout.check(q_TNH, key_cache_PSKH)
-    reference.check_options(q_TNH.shape[1], window, soft_cap, alibi_slopes)
+    checks.check_options(q_TNH.shape[1], window, soft_cap, alibi_slopes)
     if torch.is_grad_enabled() and q_TNH.requires_grad:
         raise ValueError("attention_paged has no gradients; use attention_varlen for training")
-    heads = reference.check_kv_index(q_TNH.shape[1], key_cache_PSKH.shape[2], kv_index)
+    heads = checks.check_kv_index(q_TNH.shape[1], key_cache_PSKH.shape[2], kv_index)
     return torch.ops.onemesh.attention_paged(
         q_TNH.contiguous(),
         key_cache_PSKH,
@@ -126,7 +126,7 @@ def attention_paged(
 
 
 def _check(q_TNH: Tensor, keys: Tensor, values: Tensor, dims: int) -> None:
-    reference.check_attention(q_TNH, keys, values)
+    checks.check_attention(q_TNH, keys, values)
     if keys.dim() != dims:
         raise ValueError(f"attention: keys {tuple(keys.shape)} must have {dims} dimensions")
     head_dim = q_TNH.shape[2]
@@ -134,5 +134,5 @@ def _check(q_TNH: Tensor, keys: Tensor, values: Tensor, dims: int) -> None:
         raise ValueError(f"attention: q has head dim {head_dim}; the C++ kernels take even ones from 2 to 256")
 
 
-def _slopes(slopes: reference.Slopes | None) -> Tensor | None:
+def _slopes(slopes: checks.Slopes | None) -> Tensor | None:
     return None if slopes is None else torch.as_tensor(slopes, dtype=torch.float32).contiguous()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import cpu_rows, reference
+from kernels import checks, cpu_rows
 from kernels.ops import LowRank, Packed, Part, Rows, Weight
 
 PANEL = 48
@@ -76,7 +76,7 @@ def linear(
 def linears(x_TK: Tensor, parts: Sequence[Part], *, wide: bool = False) -> tuple[Tensor, ...]:
     """`reference.linears` in one call: the results are columns of one tensor."""
     for part in parts:
-        reference.check_linear(x_TK, part.w_NK, part.bias_N, part.updates)
+        checks.check_linear(x_TK, part.w_NK, part.bias_N, part.updates)
     x_TK = _rows(x_TK)
     places: list[tuple[int, int, int]] = []
     factors: list[Weight] = []

@@ -15,7 +15,8 @@ def load() -> str | None:
     """Loads the library; returns the instruction set it chose (ONEMESH_CPU_ISA forces one), None if it isn't built.
 
     Raises:
-        RuntimeError: it is built, but doesn't load: for another torch or processor; or the forced one isn't there.
+        RuntimeError: it is built, but doesn't load: for another torch or processor.
+        ValueError: ONEMESH_CPU_ISA names no instruction set of this processor.
     """
     if not LIBRARY.is_file():
         return None
@@ -23,4 +24,8 @@ def load() -> str | None:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         raise RuntimeError(f"{LIBRARY} doesn't load ({error}); build it again: make clean install") from None
-    return torch.ops.onemesh.isa()
+    try:
+        return torch.ops.onemesh.isa()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{reason}; use one of them, or unset it for the best one") from None

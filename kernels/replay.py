@@ -67,13 +67,14 @@ class Recording:
 
     @torch.inference_mode()
     def timed_replay(self) -> Tensor:
-        """As `replay`; returns float64 [threads, calls]: seconds that each thread worked on each kernel call."""
+        """As `replay`; returns float64 [2, threads, calls]: seconds on one clock when each thread began its work on a
+        kernel call, and when it ended; 0 where it had none."""
         seconds: list[Tensor] = []
         for segment, (_, outside) in enumerate(self._segments):
             seconds.append(torch.ops.onemesh.timed_replay(torch.empty(0), self._program, segment))
             for call in outside:
                 call()
-        return torch.cat(seconds, dim=1)
+        return torch.cat(seconds, dim=2)
 
 
 def outside(function: Callable[[], R]) -> R:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import autograd, autograd_rows, reference
+from kernels import autograd, autograd_rows, checks, reference
 from kernels.documents import Documents
 from kernels.ops import LowRank, Part, Weight
 from kernels.paged import PagedLayout
@@ -106,18 +106,18 @@ def attention_varlen(
     window: int | None = None,
     scale: float,
     soft_cap: float | None = None,
-    alibi_slopes: reference.Slopes | None = None,
+    alibi_slopes: checks.Slopes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.attention_varlen` in O(T) memory, forward and backward.
 
     Torch's kernel has no cap, no ALiBi and no queries that see nothing: those go to the reference, in O(T^2) memory.
     """
-    reference.check_attention(q_TNH, k_SKH, v_SKH)
-    reference.check_options(q_TNH.shape[1], window, soft_cap, alibi_slopes)
+    checks.check_attention(q_TNH, k_SKH, v_SKH)
+    checks.check_options(q_TNH.shape[1], window, soft_cap, alibi_slopes)
     if soft_cap is not None or alibi_slopes is not None or isinstance(documents, Documents):
         options = {"kv_index": kv_index, "window": window, "soft_cap": soft_cap, "alibi_slopes": alibi_slopes}
         return reference.attention_varlen(q_TNH, k_SKH, v_SKH, documents, scale=scale, **options)
-    heads = reference.check_kv_index(q_TNH.shape[1], k_SKH.shape[1], kv_index)
+    heads = checks.check_kv_index(q_TNH.shape[1], k_SKH.shape[1], kv_index)
     bounds = Documents.of(documents, q_TNH.shape[0], k_SKH.shape[0]).query_bounds
     pieces = tuple(autograd.document_pieces(bounds, window, q_TNH))
     return autograd.Attention.apply(q_TNH, k_SKH, v_SKH, pieces, heads, scale)
@@ -133,8 +133,8 @@ def attention_prefix(
     soft_cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.attention_prefix` in O(T) memory, forward and backward; with a cap it is the reference itself."""
-    reference.check_attention(q_TNH, k_LKH, v_LKH)
-    heads = reference.check_kv_index(q_TNH.shape[1], k_LKH.shape[1], kv_index)
+    checks.check_attention(q_TNH, k_LKH, v_LKH)
+    heads = checks.check_kv_index(q_TNH.shape[1], k_LKH.shape[1], kv_index)
     if not q_TNH.shape[0] or not k_LKH.shape[0] or soft_cap is not None:
         return reference.attention_prefix(q_TNH, k_LKH, v_LKH, kv_index=heads, scale=scale, soft_cap=soft_cap)
     everything = slice(0, q_TNH.shape[0])
@@ -180,22 +180,22 @@ def attention_paged(
     window: int | None = None,
     scale: float,
     soft_cap: float | None = None,
-    alibi_slopes: reference.Slopes | None = None,
+    alibi_slopes: checks.Slopes | None = None,
     row_multiple: int,
 ) -> tuple[Tensor, Tensor]:
     """`reference.attention_paged`, row-invariant; needs a layout of `tiles.paged_layout`. Not differentiable.
 
     Torch's kernel has no cap and no ALiBi: steps with those go to the reference, which isn't row-invariant.
     """
-    reference.check_attention(q_TNH, key_cache_PSKH, value_cache_PSKH)
-    reference.check_options(q_TNH.shape[1], window, soft_cap, alibi_slopes)
+    checks.check_attention(q_TNH, key_cache_PSKH, value_cache_PSKH)
+    checks.check_options(q_TNH.shape[1], window, soft_cap, alibi_slopes)
     if not isinstance(layout, TiledLayout):
         raise ValueError(f"layout must come from this backend's paged_layout, got {type(layout).__name__}")
     layout.check(q_TNH, key_cache_PSKH)
     if soft_cap is not None or alibi_slopes is not None:
         options = {"kv_index": kv_index, "window": window, "soft_cap": soft_cap, "alibi_slopes": alibi_slopes}
         return reference.attention_paged(q_TNH, key_cache_PSKH, value_cache_PSKH, layout, scale=scale, **options)
-    heads = reference.check_kv_index(q_TNH.shape[1], key_cache_PSKH.shape[2], kv_index)
+    heads = checks.check_kv_index(q_TNH.shape[1], key_cache_PSKH.shape[2], kv_index)
     out_TNH = torch.empty_like(q_TNH)
     lse_TN = q_TNH.new_empty(q_TNH.shape[:2], dtype=torch.float32)
     caches = _Caches.of(key_cache_PSKH, value_cache_PSKH, layout)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from kernels import shared_memory
 from parallel import hosts
-from parallel.group import Group, Handle, PeerLost, Pending, Traffic, lost
+from parallel.group import Group, Handle, PeerLost, Pending, Traffic, named
 from parallel.hierarchy import Hierarchy, Work
 
 __all__ = [
@@ -227,10 +227,7 @@ def sum_in_rank_order(x: Tensor, group: Group) -> Tensor:
     if group.size <= 2:
         return all_reduce(x, group)
     group.traffic.add("all_gather", group.axis, x.nbytes)
-    try:
-        group.through(x).sum_in_rank_order(x)
-    except RuntimeError as error:
-        raise lost(error, "all_gather", group) from error
+    named("all_gather", group, group.through(x).sum_in_rank_order, x)
     return x
 
 
@@ -239,10 +236,7 @@ def all_reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
     if group.handle is None:
         return x
     group.traffic.add("all_reduce", group.axis, x.nbytes)
-    try:
-        group.through(x).all_reduce(x, op)
-    except RuntimeError as error:
-        raise lost(error, "all_reduce", group) from error
+    named("all_reduce", group, group.through(x).all_reduce, x, op)
     return x
 
 
@@ -251,10 +245,7 @@ def all_reduce_start(x: Tensor, group: Group) -> Pending:
     if group.size == 1:
         return Pending("all_reduce", group, None)
     group.traffic.add("all_reduce", group.axis, x.nbytes)
-    try:
-        return Pending("all_reduce", group, group.through(x).all_reduce_start(x))
-    except RuntimeError as error:
-        raise lost(error, "all_reduce", group) from error
+    return Pending("all_reduce", group, named("all_reduce", group, group.through(x).all_reduce_start, x))
 
 
 def all_gather(x: Tensor, group: Group, sizes: Sequence[int], dim: int) -> Tensor:
@@ -266,10 +257,7 @@ def all_gather(x: Tensor, group: Group, sizes: Sequence[int], dim: int) -> Tenso
         return x
     front = (x.movedim(dim, 0) if dim else x).contiguous()
     group.traffic.add("all_gather", group.axis, max(sizes) * math.prod(front.shape[1:]) * x.itemsize)
-    try:
-        whole = group.through(x).all_gather(front, sizes)
-    except RuntimeError as error:
-        raise lost(error, "all_gather", group) from error
+    whole = named("all_gather", group, group.through(x).all_gather, front, sizes)
     return whole.movedim(0, dim) if dim else whole
 
 
@@ -282,10 +270,7 @@ def reduce_scatter(x: Tensor, group: Group, sizes: Sequence[int], dim: int) -> T
         return x
     front = (x.movedim(dim, 0) if dim else x).contiguous()
     group.traffic.add("reduce_scatter", group.axis, x.nbytes)
-    try:
-        part = group.through(x).reduce_scatter(front, sizes)
-    except RuntimeError as error:
-        raise lost(error, "reduce_scatter", group) from error
+    part = named("reduce_scatter", group, group.through(x).reduce_scatter, front, sizes)
     return part.movedim(0, dim) if dim else part
 
 
@@ -304,15 +289,11 @@ def all_to_all(parts: Sequence[Tensor], group: Group, shapes: Sequence[Sequence[
     under_way: list[Pending] = []
     for to in others:
         part = parts[to].contiguous()
-        try:
-            under_way.append(Pending("all_to_all", group, way.send(part, to), part, to))
-        except RuntimeError as error:
-            raise lost(error, "all_to_all", group, to) from error
+        work = named("all_to_all", group, way.send, part, to, peer=to)
+        under_way.append(Pending("all_to_all", group, work, part, to))
     for source in reversed(others):
-        try:
-            under_way.append(Pending("all_to_all", group, way.receive(received[source], source), None, source))
-        except RuntimeError as error:
-            raise lost(error, "all_to_all", group, source) from error
+        work = named("all_to_all", group, way.receive, received[source], source, peer=source)
+        under_way.append(Pending("all_to_all", group, work, None, source))
     for pending in under_way:
         pending.wait()
     return received
@@ -323,10 +304,7 @@ def broadcast(x: Tensor, group: Group, source: int = 0) -> Tensor:
     if group.handle is None:
         return x
     group.traffic.add("broadcast", group.axis, x.nbytes)
-    try:
-        group.through(x).broadcast(x, source)
-    except RuntimeError as error:
-        raise lost(error, "broadcast", group) from error
+    named("broadcast", group, group.through(x).broadcast, x, source)
     return x
 
 
@@ -355,18 +333,13 @@ def broadcast_bytes(payload: bytes, group: Group, source: int = 0) -> bytes:
 def send_start(x: Tensor, group: Group, to: int) -> Pending:
     """Begins sending contiguous `x` to the group's rank `to`; it arrives whatever this rank does in the meantime."""
     group.traffic.add("send", group.axis, x.nbytes)
-    try:
-        return Pending("send", group, group.through(x).send(x, to), x, to)
-    except RuntimeError as error:
-        raise lost(error, "send", group, to) from error
+    return Pending("send", group, named("send", group, group.through(x).send, x, to, peer=to), x, to)
 
 
 def receive_start(x: Tensor, group: Group, source: int) -> Pending:
     """Begins receiving into contiguous `x` from the group's rank `source`; messages of a pair arrive in order."""
-    try:
-        return Pending("receive", group, group.through(x).receive(x, source), x, source)
-    except RuntimeError as error:
-        raise lost(error, "receive", group, source) from error
+    work = named("receive", group, group.through(x).receive, x, source, peer=source)
+    return Pending("receive", group, work, x, source)
 
 
 def disagreements(facts: Mapping[str, str], group: Group) -> list[str]:
@@ -381,7 +354,4 @@ def disagreements(facts: Mapping[str, str], group: Group) -> list[str]:
 def barrier(group: Group) -> None:
     """Returns once every rank of the group has called it."""
     if group.handle is not None:
-        try:
-            group.handle.on_cpu.barrier()
-        except RuntimeError as error:
-            raise lost(error, "barrier", group) from error
+        named("barrier", group, group.handle.on_cpu.barrier)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import socket
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar, TypeVarTuple
 
 from torch import Tensor
 
 from kernels.shared_memory import Broken
 from parallel.hierarchy import Transport, Work
+
+R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
 
 
 class PeerLost(RuntimeError):
@@ -94,6 +99,14 @@ def lost(error: RuntimeError, op: str, group: Group, peer: int | None = None) ->
     return PeerLost(f"{what}lost {who} ({reason})")
 
 
+def named(op: str, group: Group, call: Callable[[*Ts], R], *arguments: *Ts, peer: int | None = None) -> R:
+    """What a transport's `call` gives; its failure as one that says what failed and who is to blame (`lost`)."""
+    try:
+        return call(*arguments)
+    except RuntimeError as error:
+        raise lost(error, op, group, peer) from error
+
+
 @dataclass(slots=True)
 class Pending:
     """A collective under way; `wait()` before touching the tensor again."""
@@ -107,7 +120,4 @@ class Pending:
     def wait(self) -> None:
         """Blocks until the operation is complete on this rank."""
         if self.work is not None:
-            try:
-                self.work.wait()
-            except RuntimeError as error:
-                raise lost(error, self.op, self.group, self.peer) from error
+            named(self.op, self.group, self.work.wait, peer=self.peer)

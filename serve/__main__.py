@@ -15,14 +15,14 @@ from types import FrameType
 from conf import load
 from conf.check import check
 from conf.schema import Config, ConfigError
-from parallel import comm
+from parallel import backend, comm
 from parallel.comm import Launch
 from parallel.model.source import Source, open_source
 from serve import api
 from serve.api import ApiHandle
 from serve.engine import Engine, Events, Turn
 from serve.link import LinkClosed
-from serve.start import build_engine, check_adapters
+from serve.start import build_engine, check_adapters, sampling_defaults
 
 GRACE_S = 20.0
 """How long running requests may go on after a request to stop."""
@@ -40,10 +40,15 @@ def main(arguments: Sequence[str]) -> int:
         source = open_source(config.model)
         config = check(config, "serve", launch.world_size, source.architecture)
         check_adapters(config.adapters, source)
+        backend.check_instruction_set()
         if launch.rank == 0:
             tokenizer = source.tokenizer()
+            defaults = sampling_defaults(tokenizer)
             handle = api.start(host=config.host, port=config.port, tokenizer=tokenizer, api_key=config.serve.api_key)
             print(load.short(config), flush=True)
+            if defaults:
+                said = ", ".join(f"{name}={value}" for name, value in defaults.items())
+                print(f"generation_config.json, where a request says nothing: {said}", flush=True)
         comm.start(launch, timeout_s=SILENCE_S)
         run(config, source, launch, handle)
         code, reason = 0, "the server was asked to stop"

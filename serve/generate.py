@@ -15,7 +15,7 @@ from typing import Any
 from conf import load
 from conf.check import check
 from conf.schema import ConfigError, GenerateConfig
-from parallel import comm
+from parallel import backend, comm
 from parallel.comm import Launch
 from parallel.model.source import open_source
 from parallel.model.tokenizer import Tokenizer
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str]) -> int:
         source = open_source(config.model)
         config = check(config, "generate", launch.world_size, source.architecture)
         check_adapters(config.adapters, source)
+        backend.check_instruction_set()
         tokenizer = source.tokenizer()
         requests = read_requests(config, tokenizer)
         comm.start(launch)

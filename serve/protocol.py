@@ -194,11 +194,12 @@ class GenerationBody(Body):
         field = self.sampling_names.get(error.field, error.field)
         return ApiError(400, field + str(error).removeprefix(error.field), param=field)
 
-    def sampling(self, *, max_tokens: int, choice: int) -> SamplingParams:
-        """The engine's parameters of the `choice`-th of `n` answers.
+    def sampling(self, *, max_tokens: int, choice: int, defaults: Mapping[str, float]) -> SamplingParams:
+        """The engine's parameters of the `choice`-th of `n` answers; `defaults` (the model's) where nothing is said.
 
         Raises ApiError (400) for a value out of range. With a seed, choice i draws with seed + i.
         """
+        unsaid = {name: value for name, value in defaults.items() if name not in self.model_fields_set}
         try:
             return SamplingParams.from_dict(
                 {
@@ -216,6 +217,7 @@ class GenerationBody(Body):
                     "min_tokens": self.min_tokens,
                     "logprobs": self.num_logprobs,
                     "logit_bias": self.logit_bias,
+                    **unsaid,
                 }
             )
         except RequestError as error:

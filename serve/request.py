@@ -195,6 +195,21 @@ class SamplingParams:
         return cls(**changed)
 
 
+MODEL_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""Fields of a generation_config.json that stand in for what a request doesn't say."""
+
+
+def model_defaults(generation: Mapping[str, Any]) -> dict[str, float]:
+    """The sampling defaults of a model's generation_config.json, as vLLM's `--generation-config auto` takes them.
+
+    A field that is absent or null has no default of the model's; `do_sample` is not looked at. Raises `RequestError`
+    for a value that no request could send.
+    """
+    found = {name: generation[name] for name in MODEL_DEFAULTS if generation.get(name) is not None}
+    SamplingParams(**found)
+    return found
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """One sequence to continue. Raises `RequestError` for an empty id or prompt and for ids below 0."""

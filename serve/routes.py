@@ -220,7 +220,7 @@ def _generation(
                 request = EngineRequest(
                     id=f"{id}-{len(generation.choices)}",
                     prompt=prompt.ids,
-                    sampling=body.sampling(max_tokens=max_tokens, choice=choice),
+                    sampling=body.sampling(max_tokens=max_tokens, choice=choice, defaults=text.defaults),
                     adapter=model.name if model.parent is not None else None,
                 )
                 request.check(vocab_size=model.vocab_size, max_length=model.max_length)

@@ -17,9 +17,11 @@ from parallel.mesh import Mesh
 from parallel.model.decoder import Decoder
 from parallel.model.load import build_decoder
 from parallel.model.source import Source
+from parallel.model.tokenizer import Tokenizer
 from serve.blocks import PagePool
 from serve.engine import Engine
 from serve.paged import KvCache, page_bytes
+from serve.request import RequestError, model_defaults
 from serve.runner import Runner
 from serve.sampler import Sampler
 from serve.scheduler import Limits, Scheduler
@@ -43,6 +45,18 @@ def check_adapters(adapters: Mapping[str, str], source: Source) -> None:
             problems.append(f"adapters.{name}={path}: {error}")
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def sampling_defaults(tokenizer: Tokenizer) -> dict[str, float]:
+    """What the model's generation_config.json says for requests that don't.
+
+    Raises:
+        ConfigError: a value there is out of range.
+    """
+    try:
+        return model_defaults(tokenizer.generation)
+    except RequestError as error:
+        raise ConfigError(f"generation_config.json {error}; correct the model's file") from None
 
 
 def build_engine(config: Config, source: Source, launch: Launch, *, max_chunk: int | None = None) -> Engine:

@@ -13,6 +13,7 @@ from typing import Any
 from conf.schema import ConfigError
 from parallel.model.tokenizer import Tokenizer
 from serve.errors import ApiError
+from serve.request import model_defaults
 
 SLICE = 16384
 """Characters counted at a time: a few milliseconds."""
@@ -30,10 +31,12 @@ class Prompt:
 
 
 class TextModel:
-    """The tokenizer and the chat template as the routes use them."""
+    """The tokenizer, the chat template and the model's sampling defaults as the routes use them."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        self.defaults = model_defaults(tokenizer.generation)
+        """The model's own sampling, for requests that don't say."""
 
     async def prompt(self, prompt: str | Sequence[int], *, bos: bool, limit: int | None) -> Prompt:
         """A prompt as it came: text is tokenised, with a BOS if the model wants one and `bos`; ids stay.

@@ -9,14 +9,19 @@ tokenizer); everything else about a request is obeyed as the real engine does: m
     else         0 1 2 3 ... without an end
 """
 
+import json
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 
+from parallel.model.tokenizer import Tokenizer
 from parallel.model.tokenizer_bytes import byte_tokenizer
+from parallel.model.tokenizer_files import directory_tokenizer
 from serve import api
 from serve.link import LinkClosed
 from serve.request import Output, Request, TokenLogprob
@@ -33,10 +38,13 @@ READY = {
 
 
 class FakeEngine:
-    """The engine's loop on a thread; `step_seconds` is the time between two tokens of a request."""
+    """The engine's loop on a thread; `step_seconds` is the time between two tokens of a request, `generation` the
+    model's generation_config.json."""
 
-    def __init__(self, *, api_key: str | None = None, step_seconds: float = 0.0) -> None:
-        self.tokenizer = byte_tokenizer()
+    def __init__(
+        self, *, api_key: str | None = None, step_seconds: float = 0.0, generation: dict | None = None
+    ) -> None:
+        self.tokenizer = byte_tokenizer() if generation is None else with_generation(generation)
         self.handle = api.start(host="127.0.0.1", port=0, tokenizer=self.tokenizer, api_key=api_key)
         self.step_seconds = step_seconds
         self.seen: list[Request] = []
@@ -134,6 +142,14 @@ class FakeEngine:
             top = [(token, -0.5), (token + 1, -1.5), (token + 2, float("-inf"))][: sampling.logprobs]
             logprobs = (TokenLogprob(id=token, logprob=-0.5, top=tuple(top)),)
         return Output(id=id, tokens=(token,), logprobs=logprobs, finish=finish)
+
+
+def with_generation(generation: dict) -> Tokenizer:
+    """The byte tokenizer of a model directory with this generation_config.json."""
+    with tempfile.TemporaryDirectory() as folder:
+        byte_tokenizer().save(Path(folder))
+        (Path(folder) / "generation_config.json").write_text(json.dumps(generation))
+        return directory_tokenizer(Path(folder))
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:

@@ -17,7 +17,7 @@ from conf import load
 from conf.check import check
 from conf.schema import Config, ConfigError
 from kernels import dispatch
-from parallel import comm
+from parallel import backend, comm
 from parallel.comm import Launch
 from parallel.mesh import Mesh
 from parallel.model.source import Source, open_source
@@ -77,6 +77,7 @@ def prepare(arguments: Sequence[str], launch: Launch) -> Inputs:
     config = load.load(arguments, "train")
     source = open_source(config.model)
     config = check(config, "train", launch.world_size, source.architecture)
+    backend.check_instruction_set()
     resume = saving.find_resume(config)
     saving.check_base(resume, source, config)
     saving.check_saving(config, source)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import autograd, cpu_attention, reference, torch_ops
+from kernels import autograd, checks, cpu_attention, torch_ops
 from kernels.bench import timing
 
 
@@ -56,7 +56,7 @@ def _blocked(
 ) -> list[Tensor]:
     """Torch's blocked attention document by document, the last query seeing all keys; with fewer queries by a mask."""
     outs, row, key = [], 0, 0
-    heads = reference.check_kv_index(q.shape[1], k.shape[1], None)
+    heads = checks.check_kv_index(q.shape[1], k.shape[1], None)
     for m, n in zip(queries, keys, strict=True):
         parts = autograd.group_heads(q[row : row + m], k[key : key + n], v[key : key + n], heads)
         mask = None if m == n else torch.zeros(1, 1, m, n).masked_fill_(torch.ones(m, n).tril(n - m) == 0, -torch.inf)

@@ -109,7 +109,7 @@ struct Program {
     calls.clear();
   }
 
-  // Runs a segment; `seconds` [threads][calls], if there, gets the time of each thread's share.
+  // Runs a segment; `seconds` [2][threads][calls], if there, gets when each thread began and ended its share.
   void replay(const std::vector<std::unique_ptr<Call>>& segment, int64_t threads, double* seconds) const {
     const int64_t turn = ++turns;
     for (const auto& call : segment) call->prepare(turn);
@@ -118,9 +118,10 @@ struct Program {
       for (size_t i = 0; i < segment.size(); ++i) {
         const int64_t useful = std::min(threads, segment[i]->most_threads());
         for (int64_t t = first; t < last && t < useful; ++t) {
-          const double start = seconds ? now() : 0;
+          double* const begin = seconds ? seconds + t * segment.size() + i : nullptr;
+          if (begin) *begin = now();
           segment[i]->work(t, useful);
-          if (seconds) seconds[t * segment.size() + i] = now() - start;
+          if (begin) begin[threads * segment.size()] = now();
         }
         barrier.wait(i, first, last);
       }
@@ -154,11 +155,12 @@ void replay(int64_t program, int64_t segment) {
   reinterpret_cast<Program*>(program)->replay(segment_of(program, segment), torch::stable::get_num_threads(), nullptr);
 }
 
-// As `replay`: [threads, calls] seconds in float64 of each thread's work, without its waiting.
+// As `replay`: [2, threads, calls] in float64, seconds on one clock when each thread began and ended its work on a call,
+// 0 where it had none.
 Tensor timed_replay(const Tensor like, int64_t program, int64_t segment) {
   const auto& calls = segment_of(program, segment);
   const int64_t threads = torch::stable::get_num_threads();
-  Tensor seconds = torch::stable::new_zeros(like, {threads, int64_t(calls.size())}, ScalarType::Double);
+  Tensor seconds = torch::stable::new_zeros(like, {2, threads, int64_t(calls.size())}, ScalarType::Double);
   reinterpret_cast<Program*>(program)->replay(calls, threads, static_cast<double*>(seconds.mutable_data_ptr()));
   return seconds;
 }

@@ -83,6 +83,11 @@ class Tokenizer:
         """Whether `render`, `chat` and `segments` work."""
         return self._template is not None
 
+    @property
+    def generation(self) -> Mapping[str, Any]:
+        """The model's generation_config.json; empty without one."""
+        return self._facts.generation
+
     def encode(self, text: str, *, special: bool = True, bos: bool = False) -> list[int]:
         """Token ids of `text`.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kernels import cpu_ops
 from parallel import comm
 from tests.commands import train as train_on
 from tests.processes import run
@@ -56,6 +57,33 @@ OPTIONS = {
         "model.path=no/such/model does not exist; give a model directory, a .gguf file or a hub id (owner/name)",
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "ranks"),
+    [
+        (("train", *TRAIN), 2),
+        (("serve", "model=tiny", "port=0"), None),
+        (("serve.generate", "model=tiny", "prompt=x"), None),
+    ],
+    ids=["train", "serve", "generate"],
+)
+def test_an_instruction_set_that_is_not_there(
+    command: tuple[str, ...], ranks: int | None, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In processes of their own: a process chooses once."""
+    if not cpu_ops.LIBRARY.is_file():
+        pytest.skip("the C++ kernels aren't built, so ONEMESH_CPU_ISA has no effect")
+    monkeypatch.setenv("ONEMESH_CPU_ISA", "avx9")
+    code, printed = run(folder, *command, ranks=ranks)
+    lines = [line for line in printed.splitlines() if "ONEMESH_CPU_ISA" in line]
+    assert len(lines) == 1, printed
+    assert lines[0].startswith("ONEMESH_CPU_ISA=avx9 is not one of ")
+    assert lines[0].endswith("generic; use one of them, or unset it for the best one")
+    if ranks is None:  # torchrun ends with 1 whatever its ranks' code, and reports it
+        assert (code, printed.splitlines()) == (2, lines)
+    else:
+        assert "exitcode  : 2 " in printed, printed
 
 
 @pytest.mark.parametrize("case", OPTIONS)

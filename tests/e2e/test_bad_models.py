@@ -245,3 +245,11 @@ def test_every_bad_adapter_is_told(refused: Refused, trained: Path) -> None:
     adapters = [f"adapters.{name}={trained / kind}" for name, kind in (("a", "full"), ("b", "lora"), ("c", "prefix"))]
     lines = refused("serve", "model=tiny", "model.seed=1", *adapters, "port=0").split("\n")
     assert [line.split(":")[0] for line in lines] == adapters
+
+
+def test_sampling_defaults_that_no_request_could_send(trained: Path, tmp_path: Path, refused: Refused) -> None:
+    model = shutil.copytree(trained / "full", tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({"temperature": -1}))
+    assert refused("serve", "model=hf", f"model.path={model}", "port=0") == (
+        "generation_config.json temperature=-1 must be a number from 0 to 100; correct the model's file"
+    )

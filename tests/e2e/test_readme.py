@@ -27,7 +27,13 @@ QUICK = {
     "serve.generate": ["model=tiny", "max_tokens=4"],
 }
 """Arguments that are added to a command, so that it takes seconds."""
-COMMANDS = {"train.preview": "preview", "serve.generate": "generate", "serve.bench": "bench", "slurm.submit": "submit"}
+COMMANDS = {
+    "train.preview": "preview",
+    "train.compare": "compare",
+    "serve.generate": "generate",
+    "serve.bench": "bench",
+    "slurm.submit": "submit",
+}
 """Modules whose configuration has another name than they."""
 
 

@@ -98,6 +98,10 @@ REFUSED = {
         "model=tiny": "has no effect in show: model is a key of train",
         "schedule=interleaved": "is not available yet; use one of gpipe, 1f1b",
     },
+    "compare": {
+        "steps=0": "steps=0 is out of range; use steps>=1",
+        "layouts=single": "layouts=single is not a list of names",
+    },
     "bench": {
         "length_scale=0.5": "has no effect without trace; remove it or set trace too",
     },
@@ -320,7 +324,7 @@ class TestTexts:
         assert text == describe(command) + "\n"
         known = {"train": "train.steps=100", "serve": "serve.page_size=16", "show": "stages=4"}
         assert known.get(command, "=") in text
-        assert "  model=hf|smollm2|tiny\n" in text or command in ("bench", "show")
+        assert "  model=hf|smollm2|tiny\n" in text or command in ("bench", "show", "compare")
 
 
 class TestMemory:

@@ -50,7 +50,7 @@ def check(function: Callable[[], Tensor], inputs: Sequence[Tensor], *, outsides:
 
 
 def num_calls(recording: Recording) -> int:
-    return recording.timed_replay().shape[1]
+    return recording.timed_replay().shape[2]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

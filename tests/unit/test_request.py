@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from serve.request import Output, Request, RequestError, SamplingParams, TokenLogprob
+from serve.request import Output, Request, RequestError, SamplingParams, TokenLogprob, model_defaults
 
 BAD_SAMPLING = [
     ("max_tokens", 0, "max_tokens=0 must be a whole number of at least 1"),
@@ -51,6 +51,14 @@ def test_a_bad_value_is_refused_by_field_value_and_rule(field, value, message):
         SamplingParams.from_dict({field: value})
     assert caught.value.field == field
     assert isinstance(caught.value, ValueError)
+
+
+def test_a_models_generation_config_gives_the_defaults_that_a_request_may_leave_open():
+    generation = {"temperature": 0.7, "top_k": 20, "top_p": None, "eos_token_id": [2], "max_new_tokens": 9}
+    assert model_defaults(generation) == {"temperature": 0.7, "top_k": 20}
+    assert model_defaults({}) == {}
+    with pytest.raises(RequestError, match=r"top_p=1\.5 must be a number above 0 to 1"):
+        model_defaults({"top_p": 1.5})
 
 
 def test_fields_are_checked_against_each_other():

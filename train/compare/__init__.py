@@ -1,0 +1,1 @@
+"""Training speed and memory beside Megatron-core, PyTorch, DeepSpeed and PEFT, measured in one run."""
