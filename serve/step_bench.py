@@ -49,7 +49,7 @@ class Steps:
             x.normal_()
         self.runner = Runner(decoder, Mesh.single(), cache, PAGE, "")
         self.chunks = [
-            Chunk(id=str(b), adapter=None, start=CONTEXT, tokens=(1000 + b,), samples=True, pages=tuple(table))
+            Chunk(id=str(b), adapter=None, start=CONTEXT, tokens=(b,), samples=True, pages=tuple(table))
             for b, table in enumerate(range(b * pages, (b + 1) * pages) for b in range(count))
         ]
 
