@@ -12,6 +12,7 @@
 #include <initializer_list>
 
 #include "attention.h"
+#include "attention_few.h"
 #include "kernels.h"
 
 namespace {
@@ -24,6 +25,7 @@ struct State {
 // One thread's scratch, laid out for its part.
 struct Room {
   float *keys, *values, *queries, *sums;  // sums: [rows][16], one per lane
+  float *scores, *keep;                   // of few rows: [rows][KEY_BLOCK], [rows][16]
   State part, total;
 
   Room(float* memory, int64_t width, int64_t rows) {
@@ -34,7 +36,7 @@ struct Room {
       return here;
     };
     keys = take(KEY_BLOCK * width), values = take(KEY_BLOCK * width), queries = take(rows * width);
-    part.outputs = take(rows * width), total.outputs = take(rows * width), sums = take(rows * 16);
+    part.outputs = take(rows * width), total.outputs = take(rows * width), sums = take(rows * 16), scores = take(rows * KEY_BLOCK), keep = take(rows * 16);
     part.largest = take(rows), part.sums = take(rows), total.largest = take(rows), total.sums = take(rows);
   }
 };
@@ -59,11 +61,15 @@ struct Attend {
   const Scores scores;
   const int64_t width, row_units;  // of an output, of a query in units
   Room room;
+  int64_t offsets[2][KEY_BLOCK];  // where a block's rows begin, and those of the one that is prefetched
+  int now = 0;
+  int64_t found = -1;  // the first key of offsets[now]
 
   Attend(const Attention& args, const AttentionPart& part, float* memory)
       : a(args), p(part), s(args.sequences[part.sequence]), scores(args), width(padded(args.head_dim)),
         row_units(args.head_dim / U::PER_UNIT), room(memory, width, rows()) {}
 
+  int64_t group_of(int64_t kv_head) const { return a.first_head[kv_head + 1] - a.first_head[kv_head]; }
   int64_t heads_before(int64_t kv_head) const { return a.first_head[kv_head] - a.first_head[p.first_kv_head]; }
   int64_t rows() const { return p.num_queries * heads_before(p.first_kv_head + p.num_kv_heads); }
 
@@ -94,7 +100,7 @@ struct Attend {
 
   void take_queries() {
     for (int64_t k = p.first_kv_head; k < p.first_kv_head + p.num_kv_heads; ++k) {
-      const int64_t group = a.first_head[k + 1] - a.first_head[k], first = heads_before(k) * p.num_queries;
+      const int64_t group = group_of(k), first = heads_before(k) * p.num_queries;
       for (int64_t r = 0; r < p.num_queries * group; ++r) {
         const int64_t at = (s.first_query + query_of(r, group)) * a.num_heads + head_of(k, r, group);
         float* to = room.queries + (first + r) * width;
@@ -110,18 +116,14 @@ struct Attend {
     for (int64_t r = 0; r < count; ++r) room.part.largest[r] = -INF;
   }
 
-  // Weights of `count` rows for the packed block, and what their outputs so far are multiplied by.
-  int64_t weigh(int64_t kv_head, int64_t group, int64_t row, int64_t count, int64_t first, int64_t n, float* weights,
-                float* keep) const {
+  // Products of `count` rows with the n first keys of a block, `block` [count][KEY_BLOCK], become their weights; `keep`:
+  // what the rows' outputs so far are multiplied by.
+  void weigh(int64_t kv_head, int64_t group, int64_t row, int64_t count, int64_t first, int64_t n, float* block,
+             float* keep) const {
     const int64_t begin = heads_before(kv_head) * p.num_queries + row;
-    const int64_t last = query_of(row + count - 1, group) + s.offset + 1 - first;  // one past the last seen key
-    const int64_t visible = last < n ? last : n;
-    const int vecs = (visible + W - 1) / W;
-    float raw[ROWS][KEY_BLOCK];
-    product<U, Into::NEW>(count, raw[0], KEY_BLOCK, nullptr, room.queries + begin * width, width, 1, room.keys,
-                           KEY_BLOCK, row_units, vecs);
+    const int vecs = (n + W - 1) / W;
     float fall[16] = {};
-    vf top[ROWS];
+    vf top[FEW_ROWS];
     for (int64_t r = 0; r < count; ++r) {
       const int64_t query = query_of(row + r, group), head = head_of(kv_head, row + r, group);
       const Seen seen(s, a.window, query, first, n);
@@ -129,9 +131,9 @@ struct Attend {
       vf most = splat(-INF);
       const bool all = seen.all();
       for (int v = 0; v < vecs; ++v) {
-        vf x = scores.of(load(raw[r] + v * W), head, distance, v, seen.kept);
+        vf x = scores.of(load(block + r * KEY_BLOCK + v * W), head, distance, v, seen.kept);
         if (!all) x = select(seen.of(v), x, splat(-INF));
-        store(raw[r] + v * W, x);
+        store(block + r * KEY_BLOCK + v * W, x);
         most = larger(x, most);
       }
       float& before = room.part.largest[begin + r];
@@ -141,21 +143,20 @@ struct Attend {
       before = next;
       top[r] = splat(base);
     }
-    for (int r = 0; r < ROWS; r += W) store(keep + r, exp2(load(fall + r)));
+    for (int r = 0; r < count; r += W) store(keep + r, exp2(load(fall + r)));
     for (int64_t r = 0; r < count; ++r) {
       vf w[KEY_VECS], sum = load(room.sums + (begin + r) * 16) * keep[r];
       for (int v = 0; v < vecs; ++v) {
-        w[v] = exp2(load(raw[r] + v * W) - top[r]);
+        w[v] = exp2(load(block + r * KEY_BLOCK + v * W) - top[r]);
         sum += w[v];
       }
       store(room.sums + (begin + r) * 16, sum);
-      store_weights((U*)nullptr, weights + r * KEY_BLOCK, w, vecs);
+      store_weights((U*)nullptr, block + r * KEY_BLOCK, w, vecs);
     }
-    return visible;
   }
 
   void attend_block(int64_t kv_head, int64_t first, int64_t n) const {
-    const int64_t group = a.first_head[kv_head + 1] - a.first_head[kv_head], count = p.num_queries * group;
+    const int64_t group = group_of(kv_head), count = p.num_queries * group;
     const int64_t before = heads_before(kv_head) * p.num_queries;
     // queries that see nothing of it come first
     const int64_t blind = first - s.offset - p.first_query, start = blind > 0 ? blind * group : 0;
@@ -163,55 +164,95 @@ struct Attend {
     for (int64_t t = 0; t < tiles; ++t) {  // balanced: 9 rows are 5 + 4
       const int64_t row = start + (count - start) * t / tiles, some = start + (count - start) * (t + 1) / tiles - row;
       alignas(64) float weights[ROWS * KEY_BLOCK], keep[16];
-      const int64_t visible = weigh(kv_head, group, row, some, first, n, weights, keep);
+      const int64_t last = query_of(row + some - 1, group) + s.offset + 1 - first;  // one past the last seen key
+      const int64_t visible = last < n ? last : n;
+      product<U, Into::NEW>(some, weights, KEY_BLOCK, nullptr, room.queries + (before + row) * width, width, 1, room.keys,
+                             KEY_BLOCK, row_units, (visible + W - 1) / W);
+      weigh(kv_head, group, row, some, first, visible, weights, keep);
       product<U, Into::KEPT>(some, room.part.outputs + (before + row) * width, width, keep, weights, KEY_BLOCK, 1,
                              room.values, width, (visible + U::PER_UNIT - 1) / U::PER_UNIT, (a.head_dim + W - 1) / W);
     }
   }
 
-  // Keys and values [first, last) into room.part. Where few rows read them, the next block is fetched meanwhile.
+  // Keys and values [first, last) into room.part.
   void attend_keys(int64_t first, int64_t last, int64_t end) {
-    int64_t offsets[2][KEY_BLOCK];
     begin();
-    if (first < last) find(first, last - first < KEY_BLOCK ? last - first : KEY_BLOCK, offsets[0]);
-    for (int i = 0; first < last; first += KEY_BLOCK, i ^= 1) {
+    const bool few = is_few();
+    for (; first < last; first += KEY_BLOCK) {
       const int64_t n = last - first < KEY_BLOCK ? last - first : KEY_BLOCK;
-      const int64_t left = end - first - n, next = left < KEY_BLOCK ? left : KEY_BLOCK;
-      const bool fetches = next == KEY_BLOCK && p.num_queries == 1;
-      if (next > 0) find(first + n, next, offsets[i ^ 1]);
-      if (p.num_queries == 1) touch(offsets[i], n);
+      if (few) {
+        attend_block_few(first, n, end);
+        continue;
+      }
+      find(first, n, offsets[0]);
       for (int64_t k = p.first_kv_head; k < p.first_kv_head + p.num_kv_heads; ++k) {
-        if (a.first_head[k + 1] == a.first_head[k]) continue;
-        const T* const keys = (const T*)a.keys + k * a.head_dim;
-        const T* const values = (const T*)a.values + k * a.head_dim;
-        for (int64_t j = 0; j < n; j += W) {
-          if (fetches) fetch(keys, offsets[i ^ 1] + j);
-          pack_columns<U>(room.keys + j, keys, offsets[i] + j, W, a.head_dim);
-        }
-        for (int64_t j = 0; j < n; j += W) {
-          if (fetches) fetch(values, offsets[i ^ 1] + j);
-          pack_units<U>(room.values + j / U::PER_UNIT * width, values, offsets[i] + j, W, a.head_dim);
-        }
+        if (group_of(k) == 0) continue;
+        pack_columns<U>(room.keys, (const T*)a.keys + k * a.head_dim, offsets[0], KEY_BLOCK, a.head_dim);
+        pack_units<U>(room.values, (const T*)a.values + k * a.head_dim, offsets[0], KEY_BLOCK, a.head_dim);
         attend_block(k, first, n);
       }
     }
     for (int64_t r = 0; r < rows(); ++r) room.part.sums[r] = sum(load(room.sums + r * 16));
   }
 
-  // Loads something of every cache line of the block, in the order of memory: what packing reads, 16 rows in turn, the
-  // processor's own prefetching doesn't follow. 1.4 times as fast from memory.
-  void touch(const int64_t* offsets, int64_t n) const {
-    const int64_t begin = p.first_kv_head * a.head_dim, size = p.num_kv_heads * a.head_dim;
-    for (const void* all : {a.keys, a.values})
-      for (int64_t j = 0; j < n; ++j)
-        for (int64_t h = 0; h < size; h += 64 / sizeof(T)) (void)*(const volatile T*)((const T*)all + offsets[j] + begin + h);
+  // Packing pays where many rows use what was packed.
+  bool is_few() const {
+    bool few = p.num_queries == 1;
+    for (int64_t k = p.first_kv_head; k < p.first_kv_head + p.num_kv_heads; ++k) few &= group_of(k) <= FEW_ROWS;
+    return few;
   }
 
-  // W rows to the second cache level.
-  void fetch(const T* from, const int64_t* offsets) const {
-    for (int64_t h = 0; h < a.head_dim; h += 64 / sizeof(T))
-#pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) __builtin_prefetch(from + offsets[i] + h, 0, 2);
+  // One query's heads: RUN keys of one kv head after the other, then the values, from where they lie in memory; AHEAD
+  // such steps before, they are prefetched.
+  void attend_block_few(int64_t first, int64_t n, int64_t end) {
+    const int64_t left = end - first - n, next = left < 0 ? 0 : left < KEY_BLOCK ? left : KEY_BLOCK;
+    const int64_t steps = 2 * steps_of(n);
+    if (found != first) {
+      find(first, n, offsets[0]);
+      for (int64_t step = 0; step < AHEAD; ++step) fetch(step, n, offsets[0]);
+      now = 0;
+    }
+    const int64_t* const here = offsets[now];
+    now ^= 1, found = first + n;
+    if (next > 0) find(found, next, offsets[now]);
+    const auto fetch_ahead = [&](int64_t step) {
+      if (step + AHEAD < steps) fetch(step + AHEAD, n, here);
+      else fetch(step + AHEAD - steps, next, offsets[now]);
+    };
+    const int64_t last_head = p.first_kv_head + p.num_kv_heads;
+    int64_t step = 0;
+    for (int64_t i = 0; i < n; i += RUN)
+      for (int64_t k = p.first_kv_head; k < last_head; ++k) {
+        fetch_ahead(step++);
+        few_scores<U>(group_of(k), scores_of(k) + i, room.queries + heads_before(k) * width, width,
+                      (const T*)a.keys + k * a.head_dim, here + i, a.head_dim);
+      }
+    for (int64_t k = p.first_kv_head; k < last_head; ++k)
+      weigh(k, group_of(k), 0, group_of(k), first, n, scores_of(k), room.keep + 16 * heads_before(k));
+    for (int64_t i = 0; i < n; i += RUN)
+      for (int64_t k = p.first_kv_head; k < last_head; ++k) {
+        fetch_ahead(step++);
+        const int64_t some = n - i < RUN ? n - i : RUN;
+        few_outputs<U>(group_of(k), room.part.outputs + heads_before(k) * width, width,
+                       i ? nullptr : room.keep + 16 * heads_before(k), scores_of(k) + i / U::PER_UNIT,
+                       (const T*)a.values + k * a.head_dim, here + i, (some + U::PER_UNIT - 1) / U::PER_UNIT, a.head_dim);
+      }
+  }
+
+  float* scores_of(int64_t kv_head) const { return room.scores + heads_before(kv_head) * KEY_BLOCK; }
+
+  // Steps through the keys of a block of n, as many as through its values.
+  int64_t steps_of(int64_t n) const { return (n + RUN - 1) / RUN * p.num_kv_heads; }
+
+  // Prefetches what a step reads. In the order of memory: in another one it takes twice as long.
+  void fetch(int64_t step, int64_t n, const int64_t* rows) const {
+    asm volatile("");  // GCC takes a function that only prefetches for one without effect, and drops the calls
+    const int64_t keys = steps_of(n), at = step < keys ? step : step - keys, run = at / p.num_kv_heads;
+    if (step >= 2 * keys) return;
+    const T* const from = (const T*)(step < keys ? a.keys : a.values) +
+                          (p.first_kv_head + at - run * p.num_kv_heads) * a.head_dim;
+    for (int64_t i = run * RUN; i < (run + 1) * RUN; ++i)
+      for (int64_t h = 0; h < a.head_dim; h += 64 / sizeof(T)) __builtin_prefetch(from + rows[i] + h);
   }
 
   void run() {
@@ -243,7 +284,7 @@ struct Attend {
     }
     if (p.part >= 0) return;
     for (int64_t k = p.first_kv_head; k < p.first_kv_head + p.num_kv_heads; ++k) {
-      const int64_t group = a.first_head[k + 1] - a.first_head[k], before = heads_before(k) * p.num_queries;
+      const int64_t group = group_of(k), before = heads_before(k) * p.num_queries;
       for (int64_t r = 0; r < p.num_queries * group; ++r)
         finish(s.first_query + query_of(r, group), head_of(k, r, group), total.outputs + (before + r) * width,
                total.largest[before + r], total.sums[before + r]);

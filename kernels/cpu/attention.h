@@ -185,6 +185,17 @@ inline void pack_columns(float* to, const T* rows, const int64_t* offsets, int64
     }
 }
 
+#ifdef __AVX512BF16__
+// The first (HALF 0) or last W elements of two rows of 2 W, side by side: a0, b0, a1, b1, ...
+template <int HALF>
+inline vf pairs_of(vf a, vf b) {
+  constexpr int A = 0x10000;
+  const __m512i each = _mm512_mullo_epi32(_mm512_set1_epi32(A + 1), (__m512i)lanes());
+  const __m512i order = _mm512_add_epi32(each, _mm512_set1_epi32(32 * A + HALF * (16 * A + 16)));
+  return (vf)_mm512_permutex2var_epi16((__m512i)a, order, (__m512i)b);
+}
+#endif
+
 // [n / PER_UNIT][width]: a unit holds an element of one row, or those of two rows side by side.
 template <class U, class T>
 inline void pack_units(float* to, const T* rows, const int64_t* offsets, int64_t n, int64_t head_dim) {
@@ -194,17 +205,13 @@ inline void pack_units(float* to, const T* rows, const int64_t* offsets, int64_t
       for (int64_t i = 0; i < n; ++i) store(to + i * width + h, load_units<U>(rows + offsets[i], h, head_dim));
     } else {
 #ifdef __AVX512BF16__
-      constexpr int A = 0x10000;
-      const __m512i each = _mm512_mullo_epi32(_mm512_set1_epi32(A + 1), (__m512i)lanes());
-      const __m512i low = _mm512_add_epi32(each, _mm512_set1_epi32(32 * A));  // 0, 32, 1, 33, ...
-      const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(16 * A + 16));
       const bool both = h + W < width;
       for (int64_t i = 0; i < n; i += 2) {
-        const __m512i a = (__m512i)load_units<U>(rows + offsets[i], h / 2, head_dim);
-        const __m512i b = (__m512i)load_units<U>(rows + offsets[i + 1], h / 2, head_dim);
+        const vf a = load_units<U>(rows + offsets[i], h / 2, head_dim);
+        const vf b = load_units<U>(rows + offsets[i + 1], h / 2, head_dim);
         float* unit = to + i / 2 * width + h;
-        store(unit, (vf)_mm512_permutex2var_epi16(a, low, b));
-        if (both) store(unit + W, (vf)_mm512_permutex2var_epi16(a, high, b));
+        store(unit, pairs_of<0>(a, b));
+        if (both) store(unit + W, pairs_of<1>(a, b));
       }
 #endif
     }

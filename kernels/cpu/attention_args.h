@@ -52,7 +52,7 @@ constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }  // to a vect
 // Floats of scratch for a forward part of `rows` (query, head) pairs.
 inline int64_t attention_room(int64_t head_dim, int64_t rows) {
   const int64_t width = padded(head_dim);
-  return 2 * KEY_BLOCK * width + rows * (3 * width + 16 + 4) + 64;
+  return 2 * KEY_BLOCK * width + rows * (3 * width + KEY_BLOCK + 2 * 16 + 4) + 64;
 }
 
 // Queries of a backward segment: as many rows, with `group` heads each, as the second cache level holds with all theirs.

@@ -143,6 +143,23 @@ def test_chunk_sizes_give_the_same_bits(dtype, chunk, kernels):
         assert torch.equal(part[0], out[start:stop]) and torch.equal(part[1], lse[start:stop])
 
 
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10])
+@pytest.mark.parametrize("dtype", LOW)
+def test_decoding_has_the_bits_of_a_chunk(dtype, group, window):
+    """One query is computed by other loops than several; a window leaves out whole extents behind the prefix."""
+    ops = backend("compiled", dtype)
+    head_dim = (64, 16, 34, 80, 128)[group % 5]
+    heads = (0,) * group + (1, 2, 2)
+    world = make_world(dtype, lengths=(1300,), prefixes=(70,), heads=heads, head_dim=head_dim)
+    for keys in (1, 15, 64, 500, 1151, 1300):
+        chunk = world.run(ops, [(0, 2, max(keys, 2))], window)
+        expected = [part[int(keys > 1)] for part in chunk]
+        for requests in (1, 12):  # one is cut into extents for the threads, many are not
+            alone = world.run(ops, [(0, 1, keys)] * requests, window)
+            assert all(torch.equal(a, e) for part, e in zip(alone, expected, strict=True) for a in part), keys
+
+
 @pytest.mark.parametrize("kernels", BACKENDS)
 @pytest.mark.parametrize("dtype", LOW)
 def test_where_the_pages_lie_does_not_matter(dtype, kernels):
