@@ -20,6 +20,8 @@ from serve.scheduler import Chunk
 
 MOST = 256
 """Recordings kept; the one that wasn't used for longest goes first."""
+MOST_SEEN = 4096
+"""Kinds of steps remembered; batches that mix adapters have very many."""
 
 Compute = Callable[[Batch, Tensor | None], Tensor]
 """A stage's work: batch and hidden states of the stage before (None on the first) to hidden states or logits."""
@@ -54,6 +56,8 @@ class Replays:
             step.write(chunks, used)
             return step.replay(hidden)
         if key not in self._seen:
+            if len(self._seen) == MOST_SEEN:
+                self._seen.clear()
             self._seen.add(key)
             return None
         step = DecodeStep(chunks, used, hidden, self._compute, self._ops, self._page_size)
