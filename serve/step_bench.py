@@ -136,9 +136,9 @@ Command: `python -m serve.step_bench`
 {timing.table(header, rows)}
 
 Plain: each kernel is called from Python. Kernel calls: the time from their first thread's begin to their last thread's
-end, summed, and their number; beyond: what a replayed step takes more, from one call to the next, in Python, and
-for the clock (about 0.05 ms). The last column is the limit of a step that did nothing but read its weights at the speed of a plain read in the same
-round, and the share of it that the replayed step reaches.
+end, summed, and their number; beyond: what a replayed step takes more, from one call to the next, in Python, and for
+the clock (about 0.05 ms). The last column is the limit of a step that did nothing but read its weights at the speed of
+a plain read in the same round, and the share of it that the replayed step reaches.
 """
     REPORT.parent.mkdir(parents=True, exist_ok=True)
     REPORT.write_text(text)
