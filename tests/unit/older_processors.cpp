@@ -121,7 +121,7 @@ void linears(const Kernels& k, bool is_bf16) {
   const int64_t outputs = 101, per_unit = is_bf16 ? 2 : 1, panels = panels_of(outputs);
   const int64_t units = (WIDTH + per_unit - 1) / per_unit, row_units = (ROWS + per_unit - 1) / per_unit;
   Numbers x = Numbers::drawn(12, ROWS * WIDTH, is_bf16), w = Numbers::drawn(13, outputs * WIDTH, is_bf16);
-  Numbers bias = Numbers::drawn(14, outputs, is_bf16), out(ROWS * outputs, is_bf16);
+  Numbers bias = Numbers::drawn(14, outputs, is_bf16);
   Numbers packed(panels * units * PANEL * per_unit, is_bf16), plain(outputs * WIDTH, is_bf16);
   if (k.pack) {
     k.pack({packed, w, 1, outputs, outputs, WIDTH, is_bf16, is_bf16}, 0, panels);  // by columns
@@ -141,6 +141,7 @@ void linears(const Kernels& k, bool is_bf16) {
   }
   if (k.linear) {
     for (const int64_t count : {ROWS, int64_t(1)}) {
+      Numbers out(count * outputs, is_bf16);
       const LinearArgs call{out, count, outputs, outputs, bias, {{x, WIDTH, WIDTH, packed}}, 1, false, false};
       k.linear(&call, 1, 1, 0, 1, is_bf16);
       print("linear", is_bf16, out);
