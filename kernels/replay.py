@@ -117,6 +117,11 @@ class _Recorder(TorchDispatchMode):
         self.cut()
         self.outside[-1].append(function)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing compiles in here; guarding against it would import torch's compiler, a second in a server's step."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         before: int = torch.ops.onemesh.recorded()

@@ -1,6 +1,8 @@
 """A replay gives the bits of the function that was recorded: on new inputs, any number of threads, whatever is joined."""
 
 import gc
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -176,6 +178,22 @@ def test_what_cannot_be_recorded_is_refused_and_nothing_stays() -> None:
         with pytest.raises((ValueError, RuntimeError), match=message):
             Recording(function)
         check(lambda: ops.linear(x, w), [x])
+
+
+def test_recording_does_not_import_the_compiler() -> None:
+    """It takes a second or two: a request would wait for it."""
+    backend("compiled", torch.float32)
+    code = """
+import sys, torch
+from kernels import cpu_ops, cpu_rows
+from kernels.replay import Recording
+cpu_ops.load()
+with torch.inference_mode():
+    Recording(lambda: cpu_rows.rms_norm(torch.ones(2, 3), torch.ones(3), 1e-5) + 1).replay()
+print([name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor"))])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n", done.stdout
 
 
 def test_integers_are_checked_at_every_replay() -> None:
