@@ -46,7 +46,8 @@ class Runner:
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> Tensor | None:
-        """Computes the chunks and returns the logits [B, V] float32 of those that sample, in order.
+        """Computes the chunks and returns the logits [B, V] float32 of those that sample, in order; the next call
+        may overwrite them.
 
         Only the last pipeline stage returns them (on each of its tensor ranks), the others None, as does a step
         in which nothing samples. Communicates

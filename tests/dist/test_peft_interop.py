@@ -90,7 +90,7 @@ def engine_logits(engine: Engine, ids: Sequence[int]) -> torch.Tensor:
         chunk = Chunk(id="0", adapter="mine", start=at, tokens=(token,), pages=used, samples=True)
         logits = engine.runner.forward([chunk])
         assert logits is not None
-        rows.append(logits[0])
+        rows.append(logits[0].clone())  # the next step overwrites it
     engine.pool.free(pages)
     return torch.stack(rows)
 
