@@ -107,7 +107,7 @@ class _Pack:
     def gradients(
         self, saved: Sequence[Tensor], grad_TNH: Tensor, grad_lse_TN: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of q, k and v from those of out and lse; saved: q, k, v, out, lse. Without slopes."""
+        """Of q, k and v from those of out and lse; saved: q, k, v, out, lse."""
         return torch.ops.onemesh_cuda.attention_varlen_grad(
             *saved,
             grad_TNH,
@@ -117,6 +117,7 @@ class _Pack:
             self.heads.kv_heads,
             self.heads.starts,
             self.heads.order,
+            self.slopes_N,
             self.window,
             self.scale,
             self.soft_cap,
@@ -160,15 +161,13 @@ def attention_varlen(
     """`reference.attention_varlen` in O(T) memory, row-invariant but by flash-attn, which is taken where it can.
 
     That is where it is installed and no gradient is asked for (it has none of lse), in 16 bits, with heads shared
-    evenly, without cap and slopes, of plain bounds. The reference works for gradients with slopes or of heads above
-    128.
+    evenly, without cap and slopes, of plain bounds. The reference works for gradients of heads above 128.
     """
     reference.check_attention(q_TNH, k_SKH, v_SKH)
     reference.check_options(q_TNH.shape[1], window, soft_cap, alibi_slopes)
     index = reference.check_kv_index(q_TNH.shape[1], k_SKH.shape[1], kv_index)
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q_TNH, k_SKH, v_SKH))
-    lacks_grad = alibi_slopes is not None or q_TNH.shape[2] > MAX_GRADIENT_HEAD
-    if wants_grad and lacks_grad:
+    if wants_grad and q_TNH.shape[2] > MAX_GRADIENT_HEAD:
         options = {"window": window, "soft_cap": soft_cap, "alibi_slopes": alibi_slopes}
         return reference.attention_varlen(q_TNH, k_SKH, v_SKH, documents, kv_index=index, scale=scale, **options)
     is_causal = not isinstance(documents, Documents)

@@ -219,14 +219,15 @@ def logits(s: Shape, rows: int) -> Iterator[Cost]:
     yield Cost("loss_gradient", case, rows, 6e-6 * elements, 3e-9 * elements)
 
 
-def draws(s: Shape, rows: int) -> Cost:
+def draws(s: Shape, rows: int) -> Iterator[Cost]:
     """With top_p: the largest, the whole sum, two searches of four passes, the id; each row read from memory once.
 
-    A pass takes 2 operations an element for its key, a weight 5; of a search's passes the first weighs all.
+    Log-probabilities: the largest, the whole sum, one search, two passes that collect. A pass takes 2 operations an
+    element for its key, a weight 5; of a search's passes the first weighs all, but for a search that counts.
     """
-    elements = rows * s.vocabulary
-    operations = (11 * 2 + 3 * 5) * elements
-    return Cost("draw", f"{s.name}, {rows} x {s.vocabulary}", rows, 4e-6 * elements, operations / 1e9)
+    case, elements = f"{s.name}, {rows} x {s.vocabulary}", rows * s.vocabulary
+    yield Cost("draw", case, rows, 4e-6 * elements, (11 * 2 + 3 * 5) * elements / 1e9)
+    yield Cost("logprobs", case, rows, 4e-6 * elements, (8 * 2 + 5) * elements / 1e9)
 
 
 def costs() -> Iterator[Cost]:
@@ -248,7 +249,7 @@ def costs() -> Iterator[Cost]:
         yield low_rank(s, 8, 1)
         yield low_rank(s, 1, 4096)
         yield from logits(s, 512)
-        yield draws(s, 64)
+        yield from draws(s, 64)
 
 
 def page() -> str:
@@ -263,7 +264,7 @@ def page() -> str:
         "  block of a longer chunk reads them again (from the L2 cache, the model hopes), factors of a linear once,",
         "  although every tile reads its own; partial results both ways; launches of one op added up",
         "- operations: what the kernels execute; a tensor-core tile has 16 rows, used or not, and 32 keys; tiles of a",
-        "  linear are 16 x 64 up to 32 rows, else 128 x 128; a draw's weights are float64, counted as float32",
+        "  linear are 16 x 64 up to 32 rows, else 128 x 128; weights of draws are float64, counted as float32",
         "- per SM: the launch's sum divided by the SMs, which supposes that blocks spread evenly over them",
         "- limit: memory below the ridge (peak operations per byte of memory bandwidth), else arithmetic",
         "",

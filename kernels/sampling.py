@@ -13,7 +13,8 @@ Integers add up to the same in any order, so a token depends neither on how a su
 nor on batch and threads. A token 2^43 times less likely than the likeliest has weight 0. u counts in units of 2^-53.
 Log-probabilities come from the same weights at temperature 1; they are within 1e-7 of the exact ones.
 
-Compiled, a row is never sorted (`kernels/cpu/sampler.cpp`); numpy sorts as far down as it must.
+Compiled, a row is never sorted (`kernels/cpu/sampler.cpp`, `kernels/cuda/sampling.cu`); numpy sorts as far down as it
+must.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels import cpu_ops
+from kernels import cpu_ops, cuda_ops, cuda_sampling
 
 FIRST_SORTED = 512
 """How many of the largest logits numpy sorts at first; each further attempt sorts 16 times as many."""
@@ -46,10 +47,14 @@ class SamplingOps:
     name: str
     draw: Callable[..., Tensor]
     logprobs: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    device: str = "cpu"
+    """Type of the device on which the logits must lie; all other tensors lie on the host."""
 
 
-def select() -> SamplingOps:
-    """The compiled form if the library was built, else numpy's."""
+def select(device: torch.device) -> SamplingOps:
+    """The compiled form for logits on this device, if its library was built, else that for the host or numpy's."""
+    if device.type == "cuda" and cuda_ops.load():
+        return SamplingOps(name="cuda", draw=cuda_sampling.draw, logprobs=cuda_sampling.logprobs, device="cuda")
     if cpu_ops.load() is None:
         return NUMPY
     return SamplingOps(name="compiled", draw=torch.ops.onemesh.draw, logprobs=torch.ops.onemesh.logprobs)

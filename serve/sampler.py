@@ -10,8 +10,8 @@ A draw is the inverse CDF of what is left, sorted by falling logit (ties by risi
 that is a hash of (request seed, index of the token in the output). So there is no generator state: a request
 gets the same tokens in any batch, after preemption, and on any rank. `kernels.sampling` defines it to the bit.
 
-Rows that need no mask, bias or penalty are drawn from in place, all in one call, threads sharing them; for the others
-one row is copied and changed at a time. A row's result depends on nothing but its V values and its own request.
+Rows that need no mask, bias or penalty are drawn from in place, where the logits are, all in one call; the others are
+copied to the host and changed there. A row's result depends on nothing but its V values and its own request.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class Sampler:
     """Samples one token per row. Holds no state but the ids that end a text."""
 
     def __init__(self, eos_ids: frozenset[int], ops: SamplingOps | None = None) -> None:
-        self._eos_ids, self._ops = eos_ids, ops or sampling.select()
+        """ops: of the device where the logits are; None for the host's."""
+        self._eos_ids, self._ops = eos_ids, ops or _host_ops()
+        self._host_ops = self._ops if self._ops.device == "cpu" else _host_ops()
 
     def sample(
         self, logits_BV: torch.Tensor, requests: Sequence[Request], histories: Sequence[Sequence[int]]
@@ -54,7 +56,9 @@ class Sampler:
             len(requests),
             len(histories),
         )
-        logits_BV = logits_BV.detach().cpu()
+        logits_BV = logits_BV.detach()
+        if logits_BV.device.type != self._ops.device:
+            logits_BV = logits_BV.cpu()
         ids = self._next(logits_BV, requests, histories)
         num_top = {
             row: request.sampling.logprobs
@@ -69,27 +73,26 @@ class Sampler:
     def _next(
         self, logits_BV: torch.Tensor, requests: Sequence[Request], histories: Sequence[Sequence[int]]
     ) -> list[int]:
-        rows: Row = logits_BV.numpy()
-        changed: dict[int, Row] = {}
-        numbers: list[float] = []
-        for row, (request, tokens) in enumerate(zip(requests, histories, strict=True)):
-            num_generated = len(tokens) - len(request.prompt)
-            numbers.append(uniform(request.seed, num_generated))
-            row_V = rows[row]
-            adjusted_V = adjust(row_V, request.sampling, tokens, num_generated, self._eos_ids)
-            if adjusted_V is not row_V:
-                # a masked nan or +inf still says that no number of this row can be trusted
-                changed[row] = adjusted_V if math.isfinite(row_V.max()) else np.full_like(row_V, np.nan)
-        plain = [row for row in range(len(rows)) if row not in changed]
-        batches: list[tuple[torch.Tensor, Sequence[int], list[int]]] = [(logits_BV, plain, plain)]
+        given = [len(tokens) - len(request.prompt) for request, tokens in zip(requests, histories, strict=True)]
+        changed = [row for row, request in enumerate(requests) if is_adjusted(request.sampling, given[row])]
+        kept = set(changed)
+        plain = [row for row in range(len(requests)) if row not in kept]
+        batches: list[tuple[SamplingOps, torch.Tensor, Sequence[int], list[int]]] = []
+        if plain:
+            batches.append((self._ops, logits_BV, plain, plain))
         if changed:
-            copies_BV = torch.from_numpy(np.stack(list(changed.values())))
-            batches.append((copies_BV, range(len(changed)), list(changed)))
-        ids = [INVALID_TOKEN] * len(rows)
-        for source_BV, places, chosen in batches:
+            copies_BV = logits_BV[changed].cpu()
+            for row_V, row in zip(copies_BV.numpy(), changed, strict=True):
+                is_valid = math.isfinite(row_V.max())
+                adjust(row_V, requests[row].sampling, histories[row], given[row], self._eos_ids)
+                if not is_valid:  # a masked nan or +inf still says that no number of this row can be trusted
+                    row_V[:] = np.nan
+            batches.append((self._host_ops, copies_BV, range(len(changed)), changed))
+        ids = [INVALID_TOKEN] * len(requests)
+        for ops, source_BV, places, chosen in batches:
             params = [requests[row].sampling for row in chosen]
-            drawn = _draw(self._ops, source_BV, places, params, [numbers[row] for row in chosen])
-            for row, id in zip(chosen, drawn, strict=True):
+            numbers = [uniform(requests[row].seed, given[row]) for row in chosen]
+            for row, id in zip(chosen, _draw(ops, source_BV, places, params, numbers), strict=True):
                 ids[row] = id
         return ids
 
@@ -100,35 +103,38 @@ def uniform(seed: int, index: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
+def is_adjusted(sampling: SamplingParams, num_generated: int) -> bool:
+    """Whether mask, bias or penalties apply after this many tokens of output."""
+    return bool(
+        num_generated < sampling.min_tokens
+        or sampling.repetition_penalty != 1
+        or (num_generated and (sampling.presence_penalty or sampling.frequency_penalty))
+        or sampling.logit_bias
+    )
+
+
 def adjust(
     row_V: Row, sampling: SamplingParams, tokens: Sequence[int], num_generated: int, eos_ids: frozenset[int]
-) -> Row:
-    """The logits after mask, bias and penalties: `row_V` itself if nothing applies, else a changed copy.
+) -> None:
+    """Changes the logits by mask, bias and penalties.
 
     tokens: prompt then output; the last `num_generated` are output.
     """
-    masks = num_generated < sampling.min_tokens
-    repeats = sampling.repetition_penalty != 1
-    counts = bool(num_generated and (sampling.presence_penalty or sampling.frequency_penalty))
-    if not (masks or repeats or counts or sampling.logit_bias):
-        return row_V
-    row_V = row_V.copy()
-    if masks:
+    if num_generated < sampling.min_tokens:
         row_V[[*sampling.stop_ids, *(() if sampling.ignore_eos else sorted(eos_ids))]] = -np.inf
     for token, bias in sampling.logit_bias:
         row_V[token] += np.float32(bias)
-    if repeats:
+    if sampling.repetition_penalty != 1:
         seen = list(set(tokens))
         penalty = np.float32(sampling.repetition_penalty)
         values = row_V[seen]
         with np.errstate(over="ignore"):  # logits masked by float32's lowest value
             row_V[seen] = np.where(values < 0, values * penalty, values / penalty)
-    if counts:
+    if num_generated and (sampling.presence_penalty or sampling.frequency_penalty):
         times = Counter(tokens[len(tokens) - num_generated :])
         seen = list(times)
         row_V[seen] -= np.float32(sampling.frequency_penalty) * np.array(list(times.values()), dtype=np.float32)
         row_V[seen] -= np.float32(sampling.presence_penalty)
-    return row_V
 
 
 def draw(row_V: Row, params: SamplingParams, u: float) -> int:
@@ -136,12 +142,16 @@ def draw(row_V: Row, params: SamplingParams, u: float) -> int:
 
     row_V: adjusted logits. `INVALID_TOKEN` unless the largest one is finite.
     """
-    return _draw(sampling.select(), torch.from_numpy(row_V)[None], [0], [params], [u])[0]
+    return _draw(_host_ops(), torch.from_numpy(row_V)[None], [0], [params], [u])[0]
 
 
 def token_logprob(row_V: Row, token: int, num_top: int) -> TokenLogprob:
     """The log-softmax of one row at `token`, and its `num_top` largest entries (fewer if others are -inf)."""
-    return _logprobs(sampling.select(), torch.from_numpy(row_V)[None], [0], [token], [num_top])[0]
+    return _logprobs(_host_ops(), torch.from_numpy(row_V)[None], [0], [token], [num_top])[0]
+
+
+def _host_ops() -> SamplingOps:
+    return sampling.select(torch.device("cpu"))
 
 
 def _draw(

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from conf.schema import Config, ConfigError, ServeConf, memory_bytes
-from kernels import dispatch
+from kernels import dispatch, sampling
 from kernels.memory import keep_freed_memory
 from parallel import comm
 from parallel.adapters import peft
@@ -90,7 +90,7 @@ def build_engine(config: Config, source: Source, launch: Launch, *, max_chunk: i
             f"serve.kv_memory={config.serve.kv_memory} holds {longest} tokens beside the adapters' prefixes; raise it"
         )
     keep_freed_memory()
-    return Engine(runner, Scheduler(limits, pool, eos_ids), Sampler(eos_ids), pool, longest)
+    return Engine(runner, Scheduler(limits, pool, eos_ids), Sampler(eos_ids, sampling.select(device)), pool, longest)
 
 
 def _agree(source: Source, adapters: Mapping[str, Path], mesh: Mesh) -> None:

@@ -135,6 +135,15 @@ def _check_logits() -> None:
     drawn.refuses("logits", torch.zeros(1, (1 << 20) + 1), "1048577 columns")
     for name in ("top_k", *numbers):
         drawn.refuses(name, drawn.arguments[name][:2], "size 2 in dim 0, not 3")
+    chosen = {"rows": SLOTS[:3], "ids": SLOTS[:3], "num_top": SLOTS[:3]}
+    logprobs = Fuzz("logprobs", {"logits": ROWS, "most": 2} | chosen)
+    logprobs.run()
+    logprobs.refuses("logits", ROWS.half(), "float32")
+    logprobs.refuses("logits", torch.zeros(1, (1 << 20) + 1), "1048577 columns")
+    for name in ("ids", "num_top"):
+        logprobs.refuses(name, SLOTS[:2], "size 2 in dim 0, not 3")
+    for most in (-1, 5):
+        logprobs.refuses("most", most, "must be 0 to 4")
 
 
 def _check_attention() -> None:
@@ -146,7 +155,7 @@ def _check_attention() -> None:
     forward = Fuzz("attention_varlen", varlen | {"chunks": packed.chunks, "slopes": lse[0], "whole": packed.whole})
     tiles = {"query_tiles": packed.query_tiles, "key_tiles": packed.key_tiles, "kv_heads": shared.kv_heads}
     given = {"out": HEADS, "lse": lse, "grad_out": HEADS, "grad_lse": lse}
-    backward = Fuzz("attention_varlen_grad", varlen | given | tiles)
+    backward = Fuzz("attention_varlen_grad", varlen | given | tiles | {"slopes": lse[0]})
     backward.refuses("lse", lse[:5], "size 5 in dim 0, not 6")
     backward.refuses("grad_lse", lse[:, :1].contiguous(), "size 1 in dim 1, not 2")
     backward.refuses("grad_out", HEADS[:5], "size 5 in dim 0, not 6")
@@ -172,6 +181,7 @@ def _check_attention() -> None:
     for fuzz in (forward, backward, paged):
         fuzz.run()
         fuzz.refuses("heads", shared.order[:1], "size 1 in dim 0, not 2")
+        fuzz.refuses("slopes", lse[0, :1], "size 1 in dim 0, not 2")
         fuzz.refuses("head_starts", shared.starts[:0], "empty")
         fuzz.refuses("window", -1, "must be 0, for none, or up to 2^30")
         fuzz.refuses("window", 1 << 31, "must be 0, for none, or up to 2^30")
@@ -196,6 +206,9 @@ def _check_wrappers() -> None:
     numbers = (torch.ones(2), torch.tensor([0, 0]), torch.ones(2), torch.ones(2), torch.zeros(2))
     for rows in ([0, 6], [-1, 0]):
         refused(f"rows={rows} must lie in 0..5", cuda_sampling.draw, x, torch.tensor(rows), *numbers)
+    for name, values, end in (("rows", [0, 6], 5), ("ids", [-1, 3], 3), ("ids", [0, 4], 3), ("num_top", [0, 5], 4)):
+        chosen = dict.fromkeys(("rows", "ids", "num_top"), torch.tensor([0, 1])) | {name: torch.tensor(values)}
+        refused(f"{name}={values} must lie in 0..{end}", cuda_sampling.logprobs, x, *chosen.values())
     far = Documents(query_bounds=(0, 6), key_bounds=(0, 6), offsets=(1 << 30,))
     refused("offsets=(1073741824,) must lie", CUDA.attention_varlen, HEADS, KV_HEADS, KV_HEADS, far, scale=1.0)
     refused("dtype=torch.float64 must be one of", CUDA.loss_gradient, x, x[:, 0], torch.arange(6), torch.float64)

@@ -156,7 +156,7 @@ CLAIMS = [
     Claim(kernel=r"log_sum_exp<\w+, true>", registers=40, threads=256, warps=48, has=(LDG,)),
     Claim(kernel=r"loss_gradient<\w+, \w+, true>", registers=40, threads=256, warps=48, has=(LDG, STG)),
     Claim(kernel=r"(log_sum_exp<\w+|loss_gradient<\w+, \w+), false>", registers=40, threads=256, warps=48),
-    Claim(kernel="draw", registers=64, threads=256, warps=32),
+    Claim(kernel="draw|logprobs", registers=64, threads=256, warps=32),
 ]
 
 

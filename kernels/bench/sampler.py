@@ -23,7 +23,7 @@ SETTINGS = {
 def run() -> str:
     """One row and a batch of 32, of two vocabularies, for logits of several shapes."""
     keep_freed_memory()  # as the server does
-    compiled = sampling.select()
+    compiled = sampling.select(torch.device("cpu"))
     lines = [f"{torch.get_num_threads()} threads. Microseconds a row, median of {ROUNDS} calls, in turn.\n"]
     names = (compiled.name, "numpy", "torch sort")
     lines.append("| vocabulary | rows | logits | asked for | " + " | ".join(names) + " |")

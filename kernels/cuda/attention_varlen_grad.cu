@@ -72,11 +72,12 @@ __device__ __forceinline__ void lay_down(Tile& tile, T* to) {
 }
 
 // Products q.k and do.v of a tile become P and the gradient dS of the scaled products:
-// dS = P (dP - delta) with delta = rowsum(dO O) - dlse.
+// dS = P (dP - delta) with delta = rowsum(dO O) - dlse; ALiBi's term doesn't depend on them.
 template <class Tile, class Args>
 __device__ __forceinline__ void differentiate(const Args& a, const Document& d, int head, int first_query,
                                               int first_key, Tile& scores, Tile& grads) {
   const Scoring scoring{a.scale, a.softcap};
+  const float alibi = a.slopes ? a.slopes[head] : 0.f;
 #pragma unroll
   for (int r = 0; r < Tile::OWN_ROWS; ++r) {
     const int query = first_query + Tile::row(r);
@@ -85,9 +86,11 @@ __device__ __forceinline__ void differentiate(const Args& a, const Document& d, 
     const float lse = is_row ? a.lse[at] : 0.f, delta = is_row ? a.delta[at] : 0.f;
 #pragma unroll
     for (int c = 0; c < Tile::OWN_COLUMNS; ++c) {
-      const bool visible = d.visible(query, first_key + Tile::column(c), a.window);
+      const int key = first_key + Tile::column(c);
+      const bool visible = d.visible(query, key, a.window);
       const float s = scoring.score(scores.at(r, c));
-      const float p = visible ? exp2f((s - lse) * LOG2_E) : 0.f;
+      const float biased = __fmaf_rn(alibi, float(key - query - d.offset), s);
+      const float p = visible ? exp2f((biased - lse) * LOG2_E) : 0.f;
       scores.at(r, c) = p;
       grads.at(r, c) = visible ? p * (grads.at(r, c) - delta) * scoring.slope(s) : 0.f;
     }

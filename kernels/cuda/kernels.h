@@ -108,7 +108,7 @@ struct LinearGradWeightArgs {
   int32_t dtype;
 };
 
-// The gradients of attention inside packed documents, scores as above without slopes, from those of out and lse. Every
+// The gradients of attention inside packed documents, scores as above, from those of out and lse. Every
 // row belongs to one document. An entry of a list of tiles: first query row, queries, first key row, keys, offset, and
 // which 64 of the queries, or of the keys.
 struct AttentionVarlenGradArgs {
@@ -128,6 +128,7 @@ struct AttentionVarlenGradArgs {
   const int32_t* kv_heads;     // [N]: the kv head of every query head
   const int32_t* head_starts;  // [K + 1]: where in `heads` the query heads of a kv head start
   const int32_t* heads;        // [N]
+  const float* slopes;         // [N], ALiBi's, or null
   int64_t rows, num_query_tiles, num_key_tiles, num_heads, num_kv_heads;
   int32_t head_dim;      // at most 128
   int32_t window;        // 0: none
@@ -183,6 +184,21 @@ struct DrawArgs {
   int64_t count, width;     // width at most 2^20
 };
 
+// The log-probability of an id, and the largest ones of its row by falling logit, of equals by rising id; those of
+// probability 0 and what is missing up to `most` have id -1 and -inf. Weights as above at temperature 1; the rows'
+// largest logits are finite.
+struct LogprobsArgs {
+  double* found;          // [C]
+  int64_t* top_ids;       // [C, most]
+  double* top_values;     // [C, most]
+  int64_t* workspace;     // [C, most]
+  const float* logits;    // [B, V]
+  const int64_t* rows;    // [C]: which row
+  const int64_t* ids;     // [C]: which of its tokens
+  const int64_t* num_top;  // [C], at most `most`
+  int64_t count, width, most;  // width at most 2^20
+};
+
 extern "C" {
 int onemesh_cuda_rms_norm(const RmsNormArgs* args, void* stream);
 int onemesh_cuda_gate(const GateArgs* args, void* stream);
@@ -196,4 +212,5 @@ int onemesh_cuda_lora(const LoraArgs* args, void* stream);
 int onemesh_cuda_log_sum_exp(const LogSumExpArgs* args, void* stream);
 int onemesh_cuda_loss_gradient(const LossGradientArgs* args, void* stream);
 int onemesh_cuda_draw(const DrawArgs* args, void* stream);
+int onemesh_cuda_logprobs(const LogprobsArgs* args, void* stream);
 }

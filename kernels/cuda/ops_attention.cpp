@@ -10,14 +10,18 @@ void set_scores(const Call& call, int64_t window, double scale, double softcap, 
   a.window = int32_t(window), a.scale = float(scale), a.softcap = float(softcap);
 }
 
-// The query heads of every kv head.
+// The query heads of every kv head, and their slopes.
 template <class Args>
-void set_heads(const Call& call, const Tensor& q, const Tensor& head_starts, const Tensor& heads, Args& a) {
+void set_heads(const Call& call, const Tensor& q, const Tensor& head_starts, const Tensor& heads,
+               const std::optional<Tensor>& slopes, Args& a) {
   a.head_starts = call.typed<int32_t>("head_starts", head_starts, 1, ScalarType::Int);
   a.heads = call.typed<int32_t>("heads", heads, 1, ScalarType::Int);
   call.size("heads", heads, 0, q.size(1));
   call.check_that(head_starts.size(0) >= 1, "head_starts is empty");
   a.num_heads = q.size(1), a.num_kv_heads = head_starts.size(0) - 1;
+  if (!slopes) return;
+  a.slopes = call.typed<float>("slopes", *slopes, 1, ScalarType::Float);
+  call.size("slopes", *slopes, 0, q.size(1));
 }
 
 // What attention over pages and over packed documents have in common, but for the keys and the split chunks.
@@ -34,13 +38,9 @@ Attention prepare(const Call& call, const Tensor& q, const Tensor& chunks, const
   AttentionPagedArgs& a = made.a;
   call.check_that(q.size(2) >= 1 && q.size(2) <= 256, "q has a head dim that isn't 1 to 256: ", q.size(2));
   set_scores(call, window, scale, softcap, a);
-  set_heads(call, q, head_starts, heads, a);
+  set_heads(call, q, head_starts, heads, slopes, a);
   a.chunks = call.longs("chunks", chunks, 2);
   call.size("chunks", chunks, 1, 6);
-  if (slopes) {
-    a.slopes = call.typed<float>("slopes", *slopes, 1, ScalarType::Float);
-    call.size("slopes", *slopes, 0, q.size(1));
-  }
   a.whole = call.longs("whole", whole, 2);
   call.size("whole", whole, 1, 2);
   a.q = call.floats("q", q, 3);
@@ -103,15 +103,16 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_grad(const Tensor q, const T
                                                          const Tensor out, const Tensor lse, const Tensor grad_out,
                                                          std::optional<Tensor> grad_lse, const Tensor query_tiles,
                                                          const Tensor key_tiles, const Tensor kv_heads,
-                                                         const Tensor head_starts, const Tensor heads, int64_t window,
-                                                         double scale, double softcap) {
+                                                         const Tensor head_starts, const Tensor heads,
+                                                         std::optional<Tensor> slopes, int64_t window, double scale,
+                                                         double softcap) {
   const Call call("attention_varlen_grad", "q", q);
   AttentionVarlenGradArgs a{};
   a.q = call.floats("q", q, 3);
   call.check_that(q.size(1) >= 1, "q has no heads");
   call.check_that(q.size(2) >= 1 && q.size(2) <= 128, "q has a head dim that isn't 1 to 128: ", q.size(2));
   set_scores(call, window, scale, softcap, a);
-  set_heads(call, q, head_starts, heads, a);
+  set_heads(call, q, head_starts, heads, slopes, a);
   a.k = call.floats("k", k, 3);
   const int64_t T = q.size(0), N = q.size(1), H = q.size(2), S = k.size(0), K = a.num_kv_heads;
   a.v = call.floats("v", v, 3);
@@ -163,7 +164,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(onemesh_cuda, m) {
       "int partial_rows, int max_split_queries, int window, float scale, float softcap) -> (Tensor, Tensor)");
   m.def(
       "attention_varlen_grad(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor grad_out, Tensor? "
-      "grad_lse, Tensor query_tiles, Tensor key_tiles, Tensor kv_heads, Tensor head_starts, Tensor heads, int window, "
-      "float scale, float softcap) -> (Tensor, Tensor, Tensor)");
+      "grad_lse, Tensor query_tiles, Tensor key_tiles, Tensor kv_heads, Tensor head_starts, Tensor heads, Tensor? "
+      "slopes, int window, float scale, float softcap) -> (Tensor, Tensor, Tensor)");
 }
 ONEMESH_CUDA_IMPL

@@ -1,4 +1,4 @@
-// What is made of logits: the loss and its gradient, and drawn tokens.
+// What is made of logits: the loss and its gradient, drawn tokens and log-probabilities.
 #include "ops.hpp"
 
 namespace {
@@ -35,6 +35,10 @@ Tensor loss_gradient(const Tensor logits, const Tensor lse, const Tensor target,
   return out;
 }
 
+void check_vocabulary(const Call& call, int64_t width) {
+  call.check_that(width >= 1 && width <= MAX_VOCABULARY, "logits has ", width, " columns, not 1 to ", MAX_VOCABULARY);
+}
+
 Tensor draw(const Tensor logits, const Tensor rows, const Tensor temperature, const Tensor top_k, const Tensor top_p,
             const Tensor min_p, const Tensor u) {
   const Call call("draw", "logits", logits);
@@ -55,12 +59,36 @@ Tensor draw(const Tensor logits, const Tensor rows, const Tensor temperature, co
   call.size("top_p", top_p, 0, a.count);
   call.size("min_p", min_p, 0, a.count);
   call.size("u", u, 0, a.count);
-  call.check_that(a.width >= 1 && a.width <= MAX_VOCABULARY, "logits has ", a.width, " columns, not 1 to ",
-                  MAX_VOCABULARY);
+  check_vocabulary(call, a.width);
   Tensor ids = torch::stable::new_empty(rows, {a.count});
   a.ids = static_cast<int64_t*>(ids.mutable_data_ptr());
   call.run(&onemesh_cuda_draw, a);
   return ids;
+}
+
+std::tuple<Tensor, Tensor, Tensor> logprobs(const Tensor logits, const Tensor rows, const Tensor ids,
+                                            const Tensor num_top, int64_t most) {
+  const Call call("logprobs", "logits", logits);
+  LogprobsArgs a{};
+  a.logits = call.typed<float>("logits", logits, 2, ScalarType::Float);
+  a.rows = call.longs("rows", rows, 1);
+  a.ids = call.longs("ids", ids, 1);
+  a.num_top = call.longs("num_top", num_top, 1);
+  a.count = rows.size(0), a.width = logits.size(1), a.most = most;
+  call.size("ids", ids, 0, a.count);
+  call.size("num_top", num_top, 0, a.count);
+  check_vocabulary(call, a.width);
+  call.check_that(most >= 0 && most <= a.width, "most=", most, " must be 0 to ", a.width, ", the columns of logits");
+  Tensor found = torch::stable::new_empty(rows, {a.count}, ScalarType::Double);
+  Tensor top_ids = torch::stable::new_empty(rows, {a.count, most});
+  Tensor top_values = torch::stable::new_empty(rows, {a.count, most}, ScalarType::Double);
+  Tensor workspace = torch::stable::new_empty(rows, {a.count, most});
+  a.found = static_cast<double*>(found.mutable_data_ptr());
+  a.top_ids = static_cast<int64_t*>(top_ids.mutable_data_ptr());
+  a.top_values = static_cast<double*>(top_values.mutable_data_ptr());
+  a.workspace = static_cast<int64_t*>(workspace.mutable_data_ptr());
+  call.run(&onemesh_cuda_logprobs, a);
+  return {found, top_ids, top_values};
 }
 
 template <class Library>
@@ -68,6 +96,7 @@ void implement(Library& m) {
   m.impl("log_sum_exp", TORCH_BOX(&log_sum_exp));
   m.impl("loss_gradient", TORCH_BOX(&loss_gradient));
   m.impl("draw", TORCH_BOX(&draw));
+  m.impl("logprobs", TORCH_BOX(&logprobs));
 }
 
 }  // namespace
@@ -78,5 +107,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(onemesh_cuda, m) {
   m.def(
       "draw(Tensor logits, Tensor rows, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor u) "
       "-> Tensor");
+  m.def("logprobs(Tensor logits, Tensor rows, Tensor ids, Tensor num_top, int most) -> (Tensor, Tensor, Tensor)");
 }
 ONEMESH_CUDA_IMPL

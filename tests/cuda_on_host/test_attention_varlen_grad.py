@@ -33,6 +33,7 @@ class Case:
     kv_index: tuple[int, ...] | None = None
     window: int | None = None
     softcap: float = 0.0
+    slopes: tuple[float, ...] | None = None
     dtype: torch.dtype = torch.bfloat16
     with_lse: bool = True
     """Whether lse has a gradient."""
@@ -66,6 +67,7 @@ class Case:
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(out, lse) of the reference."""
         options = {"window": self.window, "scale": self.scale, "soft_cap": self.softcap or None}
+        options["alibi_slopes"] = self.slopes
         return reference.attention_varlen(q, k, v, self.pack, kv_index=self.index, **options)
 
     def spec(self, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -99,6 +101,7 @@ def grads_of(
         "kv_heads": heads.kv_heads,
         "head_starts": heads.starts,
         "heads": heads.order,
+        "slopes": None if case.slopes is None else torch.tensor(case.slopes),
         "rows": len(lse),
         "num_query_tiles": len(work.query_tiles),
         "num_key_tiles": len(work.key_tiles),
@@ -147,6 +150,8 @@ CASES = {
     "ring, window": Case(ring=RING, window=40, heads=3, head_dim=128, dtype=torch.float16),
     "ring, float32": Case(ring=RING, window=70, softcap=2.0, dtype=torch.float32),
     "odd head": Case(documents=(40, 7), head_dim=5, dtype=torch.float16),
+    "slopes": Case(documents=RAGGED, heads=3, slopes=(0.5, 0.06, 0.0)),
+    "ring, slopes": Case(ring=RING, window=70, softcap=2.0, slopes=(0.3, 0.02), dtype=torch.float32),
 }
 
 
@@ -195,6 +200,7 @@ MUTANTS = {
         "d.start",
     ),
     "an offset is forgotten": ("attention_varlen_grad.cu", "query + offset - key", "query - key"),
+    "a slope's offset is forgotten": ("attention_varlen_grad.cu", "key - query - d.offset", "key - query"),
     "a slope for the cap is forgotten": ("attention_varlen_grad.cu", " * scoring.slope(s)", ""),
 }
 """What stands there instead: these cases must notice."""
@@ -207,6 +213,7 @@ def test_a_mutant_is_noticed(name, tmp_path, monkeypatch):
     def verify() -> None:
         check(CASES["window and cap"], orders=ORDERS[:3])
         check(CASES["ring, float32"])
+        check(CASES["ring, slopes"])
 
     with pytest.raises(AssertionError):
         verify()

@@ -27,7 +27,7 @@ def form(name: str) -> sampling.SamplingOps:
     if name == "numpy":
         return sampling.NUMPY
     backend("compiled", torch.float32)  # skips where there is no library
-    return sampling.select()
+    return sampling.select(torch.device("cpu"))
 
 
 def oracle(row: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float, u: float) -> tuple[int, float]:
@@ -229,7 +229,7 @@ def test_every_instruction_set_draws_the_same(name):
 import torch
 from kernels import sampling
 from tests.unit.test_kernels_sampling import PARAMS, draws, rows_of_all_kinds
-compiled = sampling.select()
+compiled = sampling.select(torch.device("cpu"))
 assert compiled.name == "compiled"
 logits = torch.stack(list(rows_of_all_kinds(4001, 3).values()))
 for params in PARAMS:
@@ -249,4 +249,4 @@ print("checked")
 
 def test_without_the_library_numpy_draws(monkeypatch):
     monkeypatch.setattr("kernels.cpu_ops.load", lambda: None)
-    assert sampling.select() is sampling.NUMPY
+    assert sampling.select(torch.device("cpu")) is sampling.NUMPY

@@ -8,7 +8,7 @@ import torch
 
 from kernels.sampling import FIRST_SORTED
 from serve.request import INVALID_TOKEN, Request, SamplingParams
-from serve.sampler import Sampler, adjust, draw, token_logprob, uniform
+from serve.sampler import Sampler, adjust, draw, is_adjusted, token_logprob, uniform
 
 EOS = frozenset({2, 3})
 
@@ -68,17 +68,20 @@ def test_penalties_by_hand():
     sampling = SamplingParams(
         repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25, logit_bias=((5, 2.0), (2, -1.0))
     )
-    adjusted_V = adjust(row_V, sampling, tokens, 4, EOS)
+    assert is_adjusted(sampling, 4)
+    adjust(row_V, sampling, tokens, 4, EOS)
     expected = [2 / 2, -2 * 2, 1 - 1, -1 * 2 - 0.25 - 0.5, 0.5, (4 + 2) / 2 - 3 * 0.25 - 0.5]
-    assert adjusted_V.tolist() == expected
-    assert adjust(row_V, SamplingParams(presence_penalty=1), tokens[:2], 0, EOS) is row_V
-    assert adjust(row_V, SamplingParams(), tokens, 4, EOS) is row_V
+    assert row_V.tolist() == expected
+    for nothing, num_generated in ((SamplingParams(presence_penalty=1), 0), (SamplingParams(), 4)):
+        assert not is_adjusted(nothing, num_generated)
+        adjust(row_V, nothing, tokens[: 2 + num_generated], num_generated, EOS)
+        assert row_V.tolist() == expected
 
 
 def test_negative_penalties_raise():
     row_V = np.zeros(4, dtype=np.float32)
-    adjusted_V = adjust(row_V, SamplingParams(presence_penalty=-1, frequency_penalty=-0.5), [0, 1, 1], 2, EOS)
-    assert adjusted_V.tolist() == [0, 2, 0, 0]
+    adjust(row_V, SamplingParams(presence_penalty=-1, frequency_penalty=-0.5), [0, 1, 1], 2, EOS)
+    assert row_V.tolist() == [0, 2, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Draws of tokens on the host executor: exactly those of a full sort with integer weights."""
+"""Draws and log-probabilities on the host executor: exactly those of a full sort with integer weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.cuda_host import FORWARD, ORDERS, call, plant, seeded
 
-SOURCE = "draw.cu"
+SOURCE = "sampling.cu"
 Numbers = tuple[float, int, float, float, float]
 """temperature, top_k, top_p, min_p, u"""
 
@@ -118,11 +118,85 @@ def test_a_draw_doesnt_depend_on_the_others():
     assert drawn(logits[2:3], numbers[2:3]) == drawn(logits, numbers)[2:3]
 
 
+def found_logprobs(
+    logits: Tensor,
+    rows: Sequence[int],
+    ids: Sequence[int],
+    num_top: Sequence[int],
+    most: int,
+    *,
+    kind: str = "plain",
+    orders: Sequence[tuple[int, int]] = (FORWARD,),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the ids [C], ids and values [C, most] of the largest."""
+    count = len(rows)
+    values = {
+        "found": torch.full((count,), math.nan, dtype=torch.float64),
+        "top_ids": torch.full((count, most), -7),
+        "top_values": torch.full((count, most), math.nan, dtype=torch.float64),
+        "workspace": torch.full((count, most), -7),
+        "logits": logits,
+        "rows": torch.tensor(rows),
+        "ids": torch.tensor(ids),
+        "num_top": torch.tensor(num_top),
+        "count": count,
+        "width": logits.shape[1],
+        "most": most,
+    }
+    names = ("found", "top_ids", "top_values")
+    first, *others = call(SOURCE, "logprobs", values, kind=kind, orders=orders)
+    assert all(other[name].equal(first[name]) for other in others for name in names)
+    found, top_ids, top_values = (first[name] for name in names)
+    return found, top_ids, top_values
+
+
+def check_logprobs(logits: Tensor, most: int, **options: object) -> None:
+    """Rows in reverse; each asks for another number of largest ones, up to `most`."""
+    count, width = logits.shape
+    rows, ids = list(range(count))[::-1], [7 * c % width for c in range(count)]
+    num_top = [most if c == 0 else c % (most + 1) for c in range(count)]
+    found, top_ids, top_values = found_logprobs(logits, rows, ids, num_top, most, **options)  # type: ignore[arg-type]
+    exact = logits.double().log_softmax(-1)[rows].numpy()
+    for c, row in enumerate(logits[rows].numpy()):
+        assert found[c] == exact[c, ids[c]] or abs(found[c] - exact[c, ids[c]]) < 1e-7
+        wanted = [id for id in np.argsort(-row, kind="stable")[: num_top[c]] if row[id] > -np.inf]
+        left = most - len(wanted)
+        assert top_ids[c].tolist() == wanted + [-1] * left
+        assert np.allclose(top_values[c].numpy(), [*exact[c, wanted], *[-np.inf] * left], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("width", "most"), [(1, 1), (3, 2), (40, 40), (255, 0), (1000, 20), (4099, 300)])
+def test_logprobs_as_by_sorting(width, most, ties):
+    logits, _ = cases(6, width, width, ties=ties)
+    if width > 3:
+        logits[1, 2:] = logits[2, ::2] = -math.inf
+    check_logprobs(logits, most, orders=ORDERS[:2])
+
+
+def test_logprobs_of_a_row_dont_depend_on_the_others():
+    logits, _ = cases(4, 700, 5, ties=True)
+    together = found_logprobs(logits, [3, 1, 2], [5, 6, 7], [4, 9, 2], 9)
+    alone = found_logprobs(logits[1:2], [0], [6], [9], 9)
+    assert all(x[1:2].equal(one) for x, one in zip(together, alone, strict=True))
+
+
 MUTANTS = {
-    "a digit is not waited for": ("draw.cu", "    __syncthreads();\n    place = *found;", "    place = *found;"),
-    "of equals any": ("draw.cu", "place++ == before", "place++ >= before"),
-    "two zeros": ("draw.cu", "x + 0.f", "x"),
-    "kept tokens are cut": ("draw.cu", "((least - 1 - place.before) / weight + 1) * weight", "least - place.before"),
+    "a digit is not waited for": ("sampling.cu", "    __syncthreads();\n    place = *found;", "    place = *found;"),
+    "of equals any": ("sampling.cu", "place++ == before", "place++ >= before"),
+    "two zeros": ("sampling.cu", "x + 0.f", "x"),
+    "of equals one too many": ("sampling.cu", "? room - place : 0", "? room - place + 1 : 0"),
+    "equals by falling id": ("sampling.cu", "(other == key && j < i)", "(other == key && j > i)"),
+    "the ids are not waited for": (
+        "sampling.cu",
+        "ids[place++] = i;\n  }\n  __syncthreads();",
+        "ids[place++] = i;\n  }",
+    ),
+    "kept tokens are cut": (
+        "sampling.cu",
+        "((least - 1 - place.before) / weight + 1) * weight",
+        "least - place.before",
+    ),
 }
 """What stands there instead: these cases must notice."""
 
@@ -135,6 +209,7 @@ def test_a_mutant_is_noticed(name, tmp_path, monkeypatch):
         test_shares_are_as_the_probabilities()
         for width in (3, 40, 4099):
             check(*cases(24, width, width, ties=True), orders=ORDERS[:2])
+        test_logprobs_as_by_sorting(4099, 300, ties=True)
 
     with pytest.raises(AssertionError):
         verify()
@@ -144,3 +219,4 @@ def test_a_mutant_is_noticed(name, tmp_path, monkeypatch):
 def test_sanitizers(kind):
     check(*cases(4, 300, 3, ties=True), kind=kind, orders=(FORWARD, seeded(1)))
     check(*cases(4, 600, 4, ties=False), kind=kind)
+    check_logprobs(cases(4, 300, 5, ties=True)[0], 20, kind=kind, orders=(FORWARD, seeded(1)))

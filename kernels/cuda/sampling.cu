@@ -1,5 +1,5 @@
-// Draws a token from each row of logits without sorting it: what lies at a given place of the sorted row is found digit
-// by digit of the logit, from sums per digit.
+// Draws a token from each row of logits, and finds log-probabilities, without sorting the row: what lies at a given place
+// of the sorted row is found digit by digit of the logit, from sums per digit.
 //
 // Weights are integers: sums are the same in whatever order the threads add, and atomics may add them.
 #include "vector.cuh"
@@ -163,10 +163,67 @@ __global__ void __launch_bounds__(THREADS) draw(const DrawArgs a) {
   if (threadIdx.x == 0) a.ids[c] = id;
 }
 
+// The ids of the first `wanted` tokens of the order, `wanted` at least 1, by rising id.
+__device__ void collect(const Row& row, Count wanted, int64_t* ids) {
+  const Place last = find<true>(row, wanted - 1);
+  const int64_t share = (row.width + THREADS - 1) / THREADS, first = min(threadIdx.x * share, row.width);
+  const int64_t end = min(first + share, row.width);
+  Count before = 0, equal = 0;
+  for (int64_t i = first; i < end; ++i) {
+    const unsigned key = key_of(row.logits[i]);
+    before += key < last.key, equal += key == last.key;
+  }
+  Count place = block_scan(equal) - equal;  // of the thread's first among the equals
+  const Count room = wanted - last.before, left = place < room ? room - place : 0, taken = min(equal, left);
+  place = block_scan(before + taken) - before - taken;
+  equal = 0;
+  for (int64_t i = first; i < end; ++i) {
+    const unsigned key = key_of(row.logits[i]);
+    if (key < last.key || (key == last.key && equal++ < left)) ids[place++] = i;
+  }
+  __syncthreads();
+}
+
+// One block per entry. (Without a second bound nvcc spills five registers on sm_90.)
+__global__ void __launch_bounds__(THREADS, 4) logprobs(const LogprobsArgs a) {
+  const int64_t c = blockIdx.x;
+  Row row{a.logits + a.rows[c] * a.width, a.width, 0, 1, ~0u};
+  bool is_valid;
+  row.largest = double(logit_of(largest_key(row, is_valid)));
+  const double norm = row.largest + log(double(total<false>(row)) / ONE);
+  if (threadIdx.x == 0) a.found[c] = double(row.logits[a.ids[c]]) - norm;
+
+  const int most = int(a.most), wanted = int(min(a.num_top[c], a.most));
+  int64_t *const ids = a.top_ids + c * most, *const chosen = a.workspace + c * most;
+  double* const values = a.top_values + c * most;
+  for (int i = threadIdx.x; i < most; i += THREADS) ids[i] = -1, values[i] = -INFINITY;
+  if (wanted < 1) return;
+  collect(row, Count(wanted), chosen);  // begins with a barrier: the rows are filled
+  for (int i = threadIdx.x; i < wanted; i += THREADS) {
+    const float logit = row.logits[chosen[i]];
+    if (logit == -INFINITY) continue;
+    const unsigned key = key_of(logit);
+    int place = 0;
+    for (int j = 0; j < wanted; ++j) {
+      const unsigned other = key_of(row.logits[chosen[j]]);
+      place += other < key || (other == key && j < i);
+    }
+    ids[place] = chosen[i], values[place] = double(logit) - norm;
+  }
+}
+
+bool fits(int64_t width) { return width >= 1 && width <= 1 << 20; }  // sums fit 64 bits
+
 }  // namespace
 
+extern "C" int onemesh_cuda_logprobs(const LogprobsArgs* args, void* stream) {
+  if (!fits(args->width) || args->most < 0 || args->most > args->width) return cudaErrorInvalidValue;
+  if (!args->count) return cudaSuccess;
+  return launch(&logprobs, dim3(unsigned(args->count)), dim3(THREADS), 0, cudaStream_t(stream), *args);
+}
+
 extern "C" int onemesh_cuda_draw(const DrawArgs* args, void* stream) {
-  if (args->width < 1 || args->width > 1 << 20) return cudaErrorInvalidValue;  // sums fit 64 bits
+  if (!fits(args->width)) return cudaErrorInvalidValue;
   if (!args->count) return cudaSuccess;
   return launch(&draw, dim3(unsigned(args->count)), dim3(THREADS), 0, cudaStream_t(stream), *args);
 }
