@@ -15,6 +15,7 @@ LAYER = ((960, 576), (576, 576), (3072, 576), (576, 1536))
 """[N, K] of a layer of SmolLM2-135M: q with k and v, o, gate with up, down."""
 LAYERS, HEAD = 30, (49152, 576)
 FEW, MANY, TOKENS = (1, 8, 16, 32, 64), (512, 2048), 4096
+REPEATS = 9
 
 
 def _draw(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> list[Tensor]:
@@ -67,7 +68,7 @@ def few(dtype: torch.dtype) -> list[list[str]]:
     rows = []
     for count in FEW:
         sweeps = {**_sweeps(count, weights, packed), "read": read, "product": product}
-        seconds = timing.interleaved(sweeps, repeats=9)
+        seconds = timing.interleaved(sweeps, repeats=REPEATS)
         rate, limit = size / seconds["replayed"], timing.read_bytes() / seconds["read"]
         speed, peak = flops * count / seconds["replayed"], product_flops / seconds["product"]
         rows.append(
@@ -90,7 +91,7 @@ def many(dtype: torch.dtype) -> list[list[str]]:
     flops = 2.0 * sum(n * k for n, k in LAYER)
     rows = []
     for count in MANY:
-        seconds = timing.interleaved(_sweeps(count, weights, packed))
+        seconds = timing.interleaved(_sweeps(count, weights, packed), repeats=REPEATS)
         rows.append(_speeds(f"forward, {count} rows", flops * count, seconds))
     return rows
 
