@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import checks, cpu_rows
+from kernels.memory import Area
 from kernels.ops import LowRank, Packed, Part, Rows, Weight
 
 PANEL = 48
@@ -20,10 +21,15 @@ PANEL = 48
 _STAGE_BYTES = 2 << 20  # larger ones leave holes in the heap between packed weights
 
 
-def pack(shape: tuple[int, int], dtype: torch.dtype, rows: Rows) -> Packed:
+def pack(shape: tuple[int, int], dtype: torch.dtype, rows: Rows, area: Area | None = None) -> Packed:
     """The weight in the layout of `kernels/cpu/linear.cpp`, filled from about 2 MB of rows at a time."""
     n, k = shape
-    data = torch.ops.onemesh.empty_packed(torch.empty(0, dtype=dtype), n, k)
+    if area is None:
+        data = torch.ops.onemesh.empty_packed(torch.empty(0, dtype=dtype), n, k)
+    else:
+        per_unit = 4 // dtype.itemsize
+        panels, units = -(-n // PANEL), -(-k // per_unit)
+        data = area.take(panels * units * PANEL * 4).view(dtype).view(panels, units, PANEL, per_unit)
     step = max(_STAGE_BYTES // max(k * dtype.itemsize * PANEL, 1), 1) * PANEL
     for first in range(0, n, step):
         torch.ops.onemesh.pack_rows(data, rows(first, min(first + step, n)).to(dtype).contiguous(), first)

@@ -23,6 +23,7 @@ from kernels import (
     torch_ops,
 )
 from kernels.cuda_layout import CudaLayout
+from kernels.memory import Area
 from kernels.ops import Ops, Rows
 from kernels.paged import PagedLayout
 from kernels.replay import Recording
@@ -30,7 +31,7 @@ from kernels.replay import Recording
 __all__ = ["REFERENCE", "Ops", "select", "torch_cpu"]
 
 
-def unpacked(shape: tuple[int, int], dtype: torch.dtype, rows: Rows) -> Tensor:
+def unpacked(shape: tuple[int, int], dtype: torch.dtype, rows: Rows, area: Area | None = None) -> Tensor:
     """The weight as it is: for backends without a layout of their own."""
     return rows(0, shape[0]).to(dtype)
 

@@ -74,8 +74,9 @@ class Ops:
     """
 
     name: str
-    pack: Callable[[tuple[int, int], torch.dtype, Rows], Tensor | Packed]
-    """A frozen weight [N, K] in the form that `linear` and `embedding` read fastest."""
+    pack: Callable[..., Tensor | Packed]
+    """(shape, dtype, rows, area=None): a frozen weight [N, K] in the form that `linear` and `embedding` read fastest,
+    in the memory of `area` if it is laid out anew; an area keeps its blocks until the last weight in them is gone."""
     linear: Callable[..., Tensor]
     linears: Callable[[Tensor, Sequence[Part]], tuple[Tensor, ...]]
     input_gradient: Callable[[Tensor, Weight], Tensor]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import Architecture
+from kernels.memory import Area
 from kernels.ops import LowRank, Ops, Packed, Part, Weight
 from parallel import regions
 from parallel.comm import Group
@@ -37,6 +38,8 @@ class Build:
     """Whether the model's own weights train (then they are stored in `master_dtype`)."""
     packed: bool
     """Whether matrices are kept in the backend's own layout: where nothing needs their gradients."""
+    area: Area
+    """Where packed matrices are laid out."""
     read: Callable[[Spec, torch.dtype], Tensor]
     """Returns the block of a parameter; reads nothing else."""
 
@@ -58,7 +61,7 @@ class Build:
             return self.read(part, self.dtype).to(self.device)
 
         n, k = spec.local_shape
-        weight = self.ops.pack((n, k), self.dtype, rows)
+        weight = self.ops.pack((n, k), self.dtype, rows, self.area)
         return spec, weight if isinstance(weight, Packed) else nn.Parameter(weight, requires_grad=False)
 
 

@@ -22,6 +22,16 @@ class Call {
   // A thread's share of the work. Which threads there are must not change a bit of the result.
   virtual void work(int64_t thread, int64_t threads) = 0;
 
+  // Where a thread begins to read weights, or null.
+  virtual const void* weights(int64_t thread, int64_t threads) const {
+    (void)thread, (void)threads;
+    return nullptr;
+  }
+
+  // `next` is the next call that reads weights: this one may have them brought into the cache. Returns that call as the
+  // call before this one sees it.
+  virtual const Call* precede(const Call* next) { return next; }
+
   // Takes the call before it in, if the threads can do both without waiting for each other in between.
   virtual bool follow(std::unique_ptr<Call>& before) {
     (void)before;

@@ -28,6 +28,8 @@ struct LinearCall : Call {
       : calls(std::move(of)), segments(num_segments), bf16(is_bf16) {}
   void work(int64_t thread, int64_t threads) override;
   bool follow(std::unique_ptr<Call>& before) override;
+  const void* weights(int64_t thread, int64_t threads) const override;
+  const Call* precede(const Call* next) override;
 
   // A thread's part of every part's panels, which are alike: [first, last) of them.
   void panels(int64_t thread, int64_t threads, int64_t first, int64_t last);
@@ -35,7 +37,10 @@ struct LinearCall : Call {
  private:
   std::vector<LinearArgs> normed(int64_t thread, int64_t threads);
 
+  const void* next(int64_t thread, int64_t threads) const { return next_ ? next_->weights(thread, threads) : nullptr; }
+
   std::unique_ptr<NormCall> norm_;
+  const Call* next_ = nullptr;
 };
 
 // Rows of rotary.cpp: queries turned, keys turned on their way into the cache.

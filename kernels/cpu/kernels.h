@@ -143,8 +143,10 @@ struct LogProbArgs {
                       int32_t* turns, bool is_bf16))                                                                   \
   X(attend_backward_finish, (const Attention&, const AttentionGrads&, const AttentionPart&, float* room, float* sums,  \
                              bool is_bf16))                                                                            \
-  /* thread's share of calls [parts][segments]: parts differ in columns, segments in rows, x and out point there */   \
-  X(linear, (const LinearArgs* calls, int64_t parts, int64_t segments, int64_t thread, int64_t threads, bool is_bf16)) \
+  /* thread's share of calls [parts][segments]: parts differ in columns, segments in rows, x and out point there; */  \
+  /* `next`: a weight that the thread will read after these, or null */                                               \
+  X(linear, (const LinearArgs* calls, int64_t parts, int64_t segments, int64_t thread, int64_t threads,                \
+             const void* next, bool is_bf16))                                                                          \
   X(pack, (const PackArgs&, int64_t first_panel, int64_t last_panel))                                                  \
   /* columns [first, last) of x */                                                                                     \
   X(transpose_rows, (const TransposeArgs&, int64_t first, int64_t last, bool is_bf16))                                 \

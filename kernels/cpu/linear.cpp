@@ -14,6 +14,7 @@
 namespace {
 
 constexpr int LINE = 64, UNIT_BYTES = PANEL * 4;  // of a cache line; of one unit of all columns of a panel
+constexpr int LINES = UNIT_BYTES / LINE;
 
 // As many rows at a time as registers hold with this many vectors of a panel, one weight vector each and an x.
 #if defined(__AVX512F__)
@@ -75,9 +76,15 @@ inline void put(E* to, vf y, int n) {
   else store_some(to, y, n);
 }
 
-// R rows times V vectors of columns. `ahead` is prefetched along the way: PREFETCH lines for every unit.
+// Memory to prefetch: one line of it, or some, for every unit that is multiplied, `step` bytes on each time.
+struct Ahead {
+  const char* at;
+  int64_t step;
+};
+
+// R rows times V vectors of columns; PREFETCH lines for every unit, all LINES of them without gaps.
 template <class T, int R, int V, int PREFETCH>
-__attribute__((noinline)) void tile(const LinearArgs& a, int64_t panel, int first_vec, int64_t row, const char* ahead) {
+__attribute__((noinline)) void tile(const LinearArgs& a, int64_t panel, int first_vec, int64_t row, Ahead ahead) {
   typedef typename T::Element E;
   const int64_t column = panel * PANEL + first_vec * W, left = a.out_width - column;
   vf sum[R][V];
@@ -103,7 +110,7 @@ __attribute__((noinline)) void tile(const LinearArgs& a, int64_t panel, int firs
 #pragma GCC unroll 12
       for (int v = 0; v < V; ++v) weights[v] = load(w + v * W);
 #pragma GCC unroll 4
-      for (int line = 0; line < PREFETCH; ++line) __builtin_prefetch(ahead + line * LINE);
+      for (int line = 0; line < PREFETCH; ++line) __builtin_prefetch(ahead.at + line * LINE);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         const vf one = broadcast(x[r / 3] + (r % 3) * stride);
@@ -113,7 +120,7 @@ __attribute__((noinline)) void tile(const LinearArgs& a, int64_t panel, int firs
 #pragma GCC unroll 4
       for (int i = 0; i < (R + 2) / 3; ++i) x[i] += 4;
       w += PANEL;
-      if (PREFETCH) ahead += UNIT_BYTES;
+      if (PREFETCH) ahead.at += PREFETCH == LINES ? UNIT_BYTES : ahead.step;
     }
     if (whole < units) {
 #pragma GCC unroll 16
@@ -137,62 +144,69 @@ __attribute__((noinline)) void tile(const LinearArgs& a, int64_t panel, int firs
 }
 
 template <class T, int V, int PREFETCH, int R>
-void rows(int64_t count, const LinearArgs& a, int64_t panel, int first_vec, int64_t row, const char* ahead) {
+void rows(int64_t count, const LinearArgs& a, int64_t panel, int first_vec, int64_t row, Ahead ahead) {
   if constexpr (R > 0) {
     if (count == R) tile<T, R, V, PREFETCH>(a, panel, first_vec, row, ahead);
     else rows<T, V, PREFETCH, R - 1>(count, a, panel, first_vec, row, ahead);
   }
 }
 
-// What is prefetched while a panel is multiplied. One group of rows: the same stream, AHEAD bytes on. More: the next
-// panel, spread over the groups, for it must come in while this one is used again and again.
-constexpr int AHEAD = 16 << 10, LINES = UNIT_BYTES / LINE;
-
+// One group of rows times one panel; nothing is prefetched where `ahead` is null.
 template <class T>
-void group(int64_t count, const LinearArgs& a, int64_t panel, int64_t row, int64_t index, int64_t groups) {
-  const int64_t units = (a.products[0].in_width + T::PER_UNIT - 1) / T::PER_UNIT, left = a.out_width - panel * PANEL;
-  const char* here = (const char*)a.products[0].weight + panel * units * UNIT_BYTES;
-  const char* next = here + units * UNIT_BYTES + index * (groups == 2 ? 2 : 1) * LINE;
+void group(int64_t count, const LinearArgs& a, int64_t panel, int64_t row, int64_t groups, Ahead ahead) {
+  const int64_t left = a.out_width - panel * PANEL;
   for (int v = 0; v < PANEL / W && v * W < left; v += VECS) {
-    if (left - v * W <= W) rows<T, 1, 0, ROWS>(count, a, panel, v, row, nullptr);
-    else if (v > 0 || index >= (groups == 1 ? 1 : groups == 2 ? 2 : LINES)) rows<T, VECS, 0, ROWS>(count, a, panel, v, row, nullptr);
-    else if (groups == 1) rows<T, VECS, LINES, ROWS>(count, a, panel, v, row, here + AHEAD);
-    else if (groups == 2) rows<T, VECS, 2, ROWS>(count, a, panel, v, row, next);
-    else rows<T, VECS, 1, ROWS>(count, a, panel, v, row, next);
+    if (left - v * W <= W) rows<T, 1, 0, ROWS>(count, a, panel, v, row, ahead);
+    else if (v > 0 || !ahead.at) rows<T, VECS, 0, ROWS>(count, a, panel, v, row, ahead);
+    else if (groups == 1) rows<T, VECS, LINES, ROWS>(count, a, panel, v, row, ahead);
+    else if (groups == 2) rows<T, VECS, 2, ROWS>(count, a, panel, v, row, ahead);
+    else rows<T, VECS, 1, ROWS>(count, a, panel, v, row, ahead);
   }
 }
 
 int64_t groups_of(int64_t rows) { return (rows + ROWS - 1) / ROWS; }
 
 constexpr int64_t BLOCK_BYTES = 512 << 10;  // of x that stay in the second-level cache while all panels pass by
+constexpr int64_t AHEAD = 16 << 10;
 
-// Panels [first_panel, last_panel) of the groups [first_group, last_group), which count on from segment to segment.
+// Panels [first_panel, last_panel) of the groups [first_group, last_group), which count on from segment to segment;
+// then the thread reads `next`, or nothing. While a panel is multiplied, memory is read for later. One group of rows:
+// the same stream, AHEAD bytes on. More: what follows the panel, evenly spread over the groups, so that memory never
+// waits for arithmetic.
 template <class T>
 void some_panels(const LinearArgs* segments, int64_t count, int64_t first_panel, int64_t last_panel, int64_t first_group,
-                 int64_t last_group) {
-  const int64_t row_bytes = segments[0].products[0].in_width * sizeof(typename T::Element);
+                 int64_t last_group, const char* next) {
+  const Product& x = segments[0].products[0];
+  const int64_t units = (x.in_width + T::PER_UNIT - 1) / T::PER_UNIT, row_bytes = x.in_width * sizeof(typename T::Element);
   const int64_t most = BLOCK_BYTES / (row_bytes * ROWS + 1) + 1, mine = last_group - first_group;
   const int64_t blocks = (mine + most - 1) / most;
+  const char* const weight = (const char*)x.weight;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t first = first_group + mine * b / blocks, last = first_group + mine * (b + 1) / blocks;
-    for (int64_t p = first_panel; p < last_panel; ++p)
+    const char* const end = b + 1 < blocks ? weight + first_panel * units * UNIT_BYTES : next;
+    for (int64_t p = first_panel; p < last_panel; ++p) {
+      const char* const here = weight + p * units * UNIT_BYTES;
+      Ahead ahead{p + 1 < last_panel ? here + units * UNIT_BYTES : end, UNIT_BYTES / (last - first)};
+      if (last - first == 1) ahead.at = here + AHEAD;
       for (int64_t s = 0, before = 0; s < count; ++s) {
         const LinearArgs& a = segments[s];
         const int64_t groups = groups_of(a.rows);
         const int64_t low = first > before ? first - before : 0, high = last - before < groups ? last - before : groups;
         for (int64_t g = low; g < high; ++g) {  // balanced: 10 rows are 5 + 5
-          const int64_t row = a.rows * g / groups, end = a.rows * (g + 1) / groups;
-          group<T>(end - row, a, p, row, before + g - first, last - first);
+          const int64_t row = a.rows * g / groups, stop = a.rows * (g + 1) / groups;
+          group<T>(stop - row, a, p, row, last - first, ahead);
+          if (ahead.at) ahead.at += units * ahead.step;
         }
         before += groups;
       }
+    }
   }
 }
 
 constexpr int64_t MANY_GROUPS = 14;  // from here on threads share rows, below panels
 
 template <class T>
-void linear(const LinearArgs* calls, int64_t parts, int64_t segments, int64_t thread, int64_t threads) {
+void linear(const LinearArgs* calls, int64_t parts, int64_t segments, int64_t thread, int64_t threads, const char* next) {
   int64_t panels = 0, groups = 0;
   for (int64_t i = 0; i < parts; ++i) panels += panels_of(calls[i * segments].out_width);
   for (int64_t s = 0; s < segments; ++s) groups += groups_of(calls[s].rows);
@@ -201,11 +215,13 @@ void linear(const LinearArgs* calls, int64_t parts, int64_t segments, int64_t th
   for (int64_t i = 0; i < parts; ++i) {
     const LinearArgs* part = calls + i * segments;
     const int64_t here = panels_of(part->out_width);
+    const bool goes_on = i + 1 < parts && (by_rows || last > here);
+    const char* then = goes_on ? (const char*)part[segments].products[0].weight : next;
     if (by_rows) {
-      some_panels<T>(part, segments, 0, here, groups * thread / threads, groups * (thread + 1) / threads);
+      some_panels<T>(part, segments, 0, here, groups * thread / threads, groups * (thread + 1) / threads, then);
     } else {
       const int64_t low = first > 0 ? first : 0, high = last < here ? last : here;
-      if (low < high) some_panels<T>(part, segments, low, high, 0, groups);
+      if (low < high) some_panels<T>(part, segments, low, high, 0, groups, then);
     }
     first -= here, last -= here;
   }
@@ -319,11 +335,12 @@ void gather(E* out, const E* packed, const int64_t* ids, int64_t in_width, int64
 
 }  // namespace
 
-KERNEL(linear)(const LinearArgs* calls, int64_t parts, int64_t segments, int64_t thread, int64_t threads, bool is_bf16) {
+KERNEL(linear)(const LinearArgs* calls, int64_t parts, int64_t segments, int64_t thread, int64_t threads, const void* next,
+               bool is_bf16) {
   if (is_bf16)
-    linear<Bfloat16>(calls, parts, segments, thread, threads);
+    linear<Bfloat16>(calls, parts, segments, thread, threads, (const char*)next);
   else
-    linear<Float32>(calls, parts, segments, thread, threads);
+    linear<Float32>(calls, parts, segments, thread, threads, (const char*)next);
 }
 
 KERNEL(pack)(const PackArgs& args, int64_t first, int64_t last) {

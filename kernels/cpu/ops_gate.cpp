@@ -40,6 +40,19 @@ struct GateCall : Call {
     kernels().gate(mine, 0, rows, bf16);
   }
 
+  const void* weights(int64_t thread, int64_t threads) const override {
+    if (!linears) return nullptr;
+    const LinearArgs& gate = linears->calls[0];
+    const int64_t units = (gate.products[0].in_width * (bf16 ? 2 : 4) + 3) / 4;  // of 4 bytes
+    return static_cast<const char*>(gate.products[0].weight) +
+           Share(panels_of(args.width), thread, threads).first * PANEL * units * 4;
+  }
+  const Call* precede(const Call* next) override {
+    if (!linears) return next;
+    linears->precede(next);
+    return this;
+  }
+
   bool follow(std::unique_ptr<Call>& before) override {
     constexpr int64_t MOST_ROWS = 64;  // more are shared by rows better than by columns
     LinearCall* makes = dynamic_cast<LinearCall*>(before.get());

@@ -256,7 +256,7 @@ Tensor packed_rows(const Tensor ids, const Tensor packed, int64_t out_width, int
 
 void LinearCall::work(int64_t thread, int64_t threads) {
   const std::vector<LinearArgs>& mine = norm_ ? normed(thread, threads) : calls;
-  kernels().linear(mine.data(), mine.size() / segments, segments, thread, threads, bf16);
+  kernels().linear(mine.data(), mine.size() / segments, segments, thread, threads, next(thread, threads), bf16);
 }
 
 void LinearCall::panels(int64_t thread, int64_t threads, int64_t first, int64_t last) {
@@ -272,7 +272,27 @@ void LinearCall::panels(int64_t thread, int64_t threads, int64_t first, int64_t 
       args.products[p].weight = static_cast<const char*>(args.products[p].weight) + column * units * 4;
     }
   }
-  kernels().linear(mine.data(), mine.size() / segments, segments, 0, 1, bf16);
+  kernels().linear(mine.data(), mine.size() / segments, segments, 0, 1, next(thread, threads), bf16);
+}
+
+// Of the panels of all parts, side by side, the first one of this thread; many rows are shared in another way, for them
+// it is but a guess.
+const void* LinearCall::weights(int64_t thread, int64_t threads) const {
+  int64_t panels = 0;
+  for (size_t i = 0; i < calls.size(); i += segments) panels += panels_of(calls[i].out_width);
+  int64_t first = Share(panels, thread, threads).first;
+  for (size_t i = 0; i < calls.size(); i += segments) {
+    const Product& x = calls[i].products[0];
+    if (first < panels_of(calls[i].out_width))
+      return static_cast<const char*>(x.weight) + first * PANEL * 4 * ((x.in_width * (bf16 ? 2 : 4) + 3) / 4);
+    first -= panels_of(calls[i].out_width);
+  }
+  return nullptr;
+}
+
+const Call* LinearCall::precede(const Call* next) {
+  next_ = next;
+  return this;
 }
 
 bool LinearCall::follow(std::unique_ptr<Call>& before) {

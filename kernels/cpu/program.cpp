@@ -106,6 +106,9 @@ struct Program {
         else segment.push_back(std::move(call));
       }
     }
+    const Call* weights = nullptr;
+    for (auto segment = segments.rbegin(); segment != segments.rend(); ++segment)
+      for (auto call = segment->rbegin(); call != segment->rend(); ++call) weights = (*call)->precede(weights);
     calls.clear();
   }
 

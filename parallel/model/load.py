@@ -11,6 +11,7 @@ from torch import Tensor
 
 from conf.schema import Architecture
 from kernels.dispatch import Ops
+from kernels.memory import Area
 from parallel.mesh import Mesh
 from parallel.model.decoder import Decoder, Stage
 from parallel.sharding import Index, Spec, cut
@@ -66,6 +67,7 @@ def build_decoder(
         dtype=dtype,
         trainable=trainable,
         packed=packed,
+        area=Area(),
         read=read,
     )
     return Decoder(build, stage_of(stages, mesh.pipeline.rank))

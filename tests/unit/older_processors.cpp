@@ -143,7 +143,7 @@ void linears(const Kernels& k, bool is_bf16) {
     for (const int64_t count : {ROWS, int64_t(1)}) {
       Numbers out(count * outputs, is_bf16);
       const LinearArgs call{out, count, outputs, outputs, bias, {{x, WIDTH, WIDTH, packed}}, 1, false, false};
-      k.linear(&call, 1, 1, 0, 1, is_bf16);
+      k.linear(&call, 1, 1, 0, 1, nullptr, is_bf16);
       print("linear", is_bf16, out);
     }
   }

@@ -1,4 +1,4 @@
-"""Keeping freed memory: what it saves, in page faults."""
+"""Keeping freed memory: what it saves, in page faults. Areas: tensors that share memory, and huge pages."""
 
 import os
 import platform
@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from kernels.memory import Area
+from tests.backends import backend
 
 ROOT = Path(__file__).parents[2]
 FAULTS = """
@@ -41,3 +45,50 @@ def faults(what: str) -> int:
 def test_the_pages_of_a_step_are_not_faulted_in_again():
     assert faults("keep") < 3000  # 0, or 1024 for each time that the heap still grows by a block
     assert faults("plain") > 5000  # else the test measures nothing
+
+
+def flags(address: int) -> list[str]:
+    """Of the mapping that holds this address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            low, high = (int(x, 16) for x in first.split("-"))
+            inside = low <= address < high
+        elif inside and first == "VmFlags:":
+            return line.split()[1:]
+    raise AssertionError(f"{address:x} isn't mapped")
+
+
+def test_tensors_of_an_area_stand_side_by_side_at_cache_lines():
+    area = Area(block_bytes=1000)
+    first, second = area.take(1), area.take(900)
+    assert (first.dtype, len(first), len(second)) == (torch.uint8, 1, 900)
+    assert second.data_ptr() - first.data_ptr() == 64
+    third, large = area.take(300), area.take(5000)
+    memories = {x.untyped_storage().data_ptr() for x in (first, second, third, large)}
+    assert len(memories) == 3  # the third doesn't fit, the large one is alone
+    assert area.take(10).untyped_storage().data_ptr() == third.untyped_storage().data_ptr()
+    for x in (first, third, large):
+        assert x.data_ptr() % (2 << 20) == 0
+    assert len(area.take(0)) == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no /proc/self/smaps")
+def test_an_area_asks_for_huge_pages():
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("a kernel without transparent huge pages")
+    x = Area().take(10)
+    assert "hg" in flags(x.data_ptr())
+    assert "hg" not in flags(torch.empty(8 << 20, dtype=torch.uint8).data_ptr() + 4096)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_in_an_area_is_the_same_weight(dtype):
+    ops, area = backend("compiled", dtype), Area(block_bytes=1 << 16)
+    x = torch.randn(5, 41, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for n in (50, 1, 500):
+        w = torch.randn(n, 41, generator=torch.Generator().manual_seed(n)).to(dtype)
+        one, other = (ops.pack((n, 41), dtype, lambda a, b, w=w: w[a:b], *place) for place in ((area,), ()))
+        assert torch.equal(one.data.view(torch.uint8), other.data.view(torch.uint8))
+        assert torch.equal(ops.linear(x, one), ops.linear(x, other))
