@@ -22,6 +22,9 @@ class Call {
   // A thread's share of the work. Which threads there are must not change a bit of the result.
   virtual void work(int64_t thread, int64_t threads) = 0;
 
+  // The error's number once its work has failed: nothing behind it is done then.
+  virtual int error() const { return 0; }
+
   // Takes the call before it in, if the threads can do both without waiting for each other in between.
   virtual bool follow(std::unique_ptr<Call>& before) {
     (void)before;
