@@ -53,6 +53,8 @@ class Recording:
 
     output: Tensor
     """What the function returned; a replay writes it anew."""
+    by_clock: bool
+    """Whether replays note `times`, which costs each thread two readings of a clock a call."""
 
     def __init__(self, function: Callable[[], Tensor]) -> None:
         """Runs and records it.
@@ -74,6 +76,7 @@ class Recording:
         self._kept = mode.kept
         self._errors = mode.errors
         self._notes = tuple(mode.notes.items())
+        self.by_clock = False
         self._program = program
         self._segments = [
             (functools.partial(torch.ops.onemesh.replay, program, segment), calls)
@@ -87,7 +90,7 @@ class Recording:
         Raises what an `outside` call raises. Nothing behind that call is done then.
         """
         for kernels, outside in self._segments:
-            number, error = kernels()
+            number, error = kernels(self.by_clock)
             if error:
                 raise self._errors[number](error)
             for call in outside:
@@ -96,16 +99,12 @@ class Recording:
             note(calls)
         return self.output
 
-    @torch.inference_mode()
-    def timed_replay(self) -> Tensor:
-        """As `replay`; returns float64 [2, threads, calls]: seconds on one clock when each thread began its work on a
-        kernel call, and when it ended; 0 where it had none."""
-        seconds: list[Tensor] = []
-        for segment, (_, outside) in enumerate(self._segments):
-            seconds.append(torch.ops.onemesh.timed_replay(torch.empty(0), self._program, segment))
-            for call in outside:
-                call()
-        return torch.cat(seconds, dim=2)
+    def times(self) -> Tensor:
+        """float64 [2, threads, calls]: seconds on one clock when each thread began its work on a kernel call, and when
+        it ended, in the last replay that was `by_clock`; 0 where it had none."""
+        segments = range(len(self._segments))
+        nothing = torch.empty(0)
+        return torch.cat([torch.ops.onemesh.replay_times(nothing, self._program, i) for i in segments], dim=2)
 
 
 def outside(function: Callable[[], R], direct: Callable[[], Direct | None] = lambda: None) -> R:

@@ -110,6 +110,11 @@ using Failure = std::tuple<int64_t, int64_t>;  // which direct call, its error's
 struct Program {
   std::vector<std::unique_ptr<Call>> calls;        // as recorded, until `join`
   std::vector<std::vector<std::unique_ptr<Call>>> segments;  // between what the program can't replay
+  struct Times {
+    int64_t threads = 0;
+    std::vector<double> seconds;  // [2][threads][calls]
+  };
+  std::vector<Times> times;  // of each segment's last replay by the clock
   int64_t recorded = 0;
   std::shared_ptr<Arena> arena = std::make_shared<Arena>();
 
@@ -125,11 +130,20 @@ struct Program {
       }
     }
     calls.clear();
+    times.resize(segments.size());
   }
 
-  // Runs a segment; `seconds` [2][threads][calls], if there, gets when each thread began and ended its share. Threads
-  // that wait for each other must not throw: all of them stop behind a call that failed.
-  Failure replay(const std::vector<std::unique_ptr<Call>>& segment, int64_t threads, double* seconds) const {
+  // Runs a segment; by the clock, it notes when each thread began and ended its share of each call. Threads that wait
+  // for each other must not throw: all of them stop behind a call that failed.
+  Failure replay(int64_t number, bool clock) {
+    const auto& segment = segments.at(number);
+    const int64_t threads = torch::stable::get_num_threads();
+    double* seconds = nullptr;
+    if (clock) {
+      times[number].threads = threads;
+      times[number].seconds.assign(2 * threads * segment.size(), 0.0);
+      seconds = times[number].seconds.data();
+    }
     const int64_t turn = ++turns;
     for (const auto& call : segment) call->prepare(turn);
     Barrier barrier(threads);
@@ -181,24 +195,18 @@ void record_direct(int64_t function, int64_t handle, int64_t data, int64_t count
   ++recording->recorded;
 }
 
-const std::vector<std::unique_ptr<Call>>& segment_of(int64_t program, int64_t segment) {
-  return reinterpret_cast<Program*>(program)->segments.at(segment);
+Failure replay(int64_t program, int64_t segment, bool clock) {
+  return reinterpret_cast<Program*>(program)->replay(segment, clock);
 }
 
-Failure replay(int64_t program, int64_t segment) {
-  const int64_t threads = torch::stable::get_num_threads();
-  return reinterpret_cast<Program*>(program)->replay(segment_of(program, segment), threads, nullptr);
-}
-
-// As `replay`: [2, threads, calls] in float64, seconds on one clock when each thread began and ended its work on a call,
-// 0 where it had none.
-Tensor timed_replay(const Tensor like, int64_t program, int64_t segment) {
-  const auto& calls = segment_of(program, segment);
-  const int64_t threads = torch::stable::get_num_threads();
-  Tensor seconds = torch::stable::new_zeros(like, {2, threads, int64_t(calls.size())}, ScalarType::Double);
-  double* const data = static_cast<double*>(seconds.mutable_data_ptr());
-  const auto [number, error] = reinterpret_cast<Program*>(program)->replay(calls, threads, data);
-  STD_TORCH_CHECK(!error, "timed_replay: direct call ", number, " failed, error ", error);
+// [2, threads, calls] in float64, seconds on one clock when each thread began and ended its work on a call in the
+// segment's last replay by the clock, 0 where it had none.
+Tensor replay_times(const Tensor like, int64_t program, int64_t segment) {
+  const Program& from = *reinterpret_cast<Program*>(program);
+  const Program::Times& times = from.times.at(segment);
+  const int64_t calls = from.segments[segment].size();
+  Tensor seconds = torch::stable::new_zeros(like, {2, times.threads, calls}, ScalarType::Double);
+  std::copy(times.seconds.begin(), times.seconds.end(), static_cast<double*>(seconds.mutable_data_ptr()));
   return seconds;
 }
 
@@ -239,8 +247,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(onemesh, m) {
   m.def("recorded() -> int");
   m.def("record_end(int[] cuts) -> ()");
   m.def("record_direct(int function, int handle, int data, int count, int kind, int number) -> ()");
-  m.def("replay(int program, int segment) -> (int, int)");
-  m.def("timed_replay(Tensor like, int program, int segment) -> Tensor");
+  m.def("replay(int program, int segment, bool clock) -> (int, int)");
+  m.def("replay_times(Tensor like, int program, int segment) -> Tensor");
   m.def("forget(int program) -> ()");
 }
 
@@ -253,4 +261,4 @@ STABLE_TORCH_LIBRARY_IMPL(onemesh, CompositeExplicitAutograd, m) {
   m.impl("forget", TORCH_BOX(&forget));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(onemesh, CPU, m) { m.impl("timed_replay", TORCH_BOX(&timed_replay)); }
+STABLE_TORCH_LIBRARY_IMPL(onemesh, CPU, m) { m.impl("replay_times", TORCH_BOX(&replay_times)); }
