@@ -5,9 +5,10 @@
     out = recording.replay()                              the same tensor as recording.output, with new values
 
 What isn't one of the C++ backend's kernels is called again from Python in its place: torch's own ops, and what is
-wrapped in `outside` (communication). So a replay does what the function did; only Python's own decisions are frozen.
-Every replay gives the bits of the function itself. CUDA graphs are the model, of memory too: results live in memory
-that belongs to the recording and is used again for later ones.
+wrapped in `outside` (communication). Of that, what is a C function (`Direct`) is called between the kernels instead. So
+a replay does what the function did; only Python's own decisions are frozen. Every replay gives the bits of the function
+itself. CUDA graphs are the model, of memory too: results live in memory that belongs to the recording and is used again
+for later ones.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from __future__ import annotations
 import contextvars
 import functools
 import weakref
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -26,11 +29,32 @@ from torch.utils._pytree import tree_leaves
 R = TypeVar("R")
 
 
+@dataclass(frozen=True)
+class Direct:
+    """A C function that works on `x` in place: `int function(void* handle, void* x, uint64_t count, int kind)`.
+
+    It returns 0 or the number of an error; the others of a group that it talks to may be gone then.
+    """
+
+    function: int
+    """Its address."""
+    handle: int
+    x: Tensor
+    """Contiguous, on the CPU."""
+    kind: int
+    error: Callable[[int], Exception]
+    """What to raise, by the error's number. Whatever the handle needs lives as long as this."""
+    note: Callable[[int], None]
+    """Told after each replay how many calls were like this one; equal ones are told together."""
+
+
 class Recording:
     """What `function` did; it must not depend on the values of its tensors but by kernels, and not need gradients."""
 
     output: Tensor
     """What the function returned; a replay writes it anew."""
+    by_clock: bool
+    """Whether replays note `times`, which costs each thread two readings of a clock a call."""
 
     def __init__(self, function: Callable[[], Tensor]) -> None:
         """Runs and records it.
@@ -50,6 +74,9 @@ class Recording:
             _recorder.reset(token)
             torch.ops.onemesh.record_end(mode.cuts)
         self._kept = mode.kept
+        self._errors = mode.errors
+        self._notes = tuple(mode.notes.items())
+        self.by_clock = False
         self._program = program
         self._segments = [
             (functools.partial(torch.ops.onemesh.replay, program, segment), calls)
@@ -58,28 +85,34 @@ class Recording:
 
     @torch.inference_mode()
     def replay(self) -> Tensor:
-        """Does it again with what stands in its inputs now; returns `output`."""
+        """Does it again with what stands in its inputs now; returns `output`.
+
+        Raises what an `outside` call raises. Nothing behind that call is done then.
+        """
         for kernels, outside in self._segments:
-            kernels()
+            number, error = kernels(self.by_clock)
+            if error:
+                raise self._errors[number](error)
             for call in outside:
                 call()
+        for note, calls in self._notes:
+            note(calls)
         return self.output
 
-    @torch.inference_mode()
-    def timed_replay(self) -> Tensor:
-        """As `replay`; returns float64 [2, threads, calls]: seconds on one clock when each thread began its work on a
-        kernel call, and when it ended; 0 where it had none."""
-        seconds: list[Tensor] = []
-        for segment, (_, outside) in enumerate(self._segments):
-            seconds.append(torch.ops.onemesh.timed_replay(torch.empty(0), self._program, segment))
-            for call in outside:
-                call()
-        return torch.cat(seconds, dim=2)
+    def times(self) -> Tensor:
+        """float64 [2, threads, calls]: seconds on one clock when each thread began its work on a kernel call, and when
+        it ended, in the last replay that was `by_clock`; 0 where it had none."""
+        segments = range(len(self._segments))
+        nothing = torch.empty(0)
+        return torch.cat([torch.ops.onemesh.replay_times(nothing, self._program, i) for i in segments], dim=2)
 
 
-def outside(function: Callable[[], R]) -> R:
+def outside(function: Callable[[], R], direct: Callable[[], Direct | None] = lambda: None) -> R:
     """Calls `function`; when recording, every replay calls it again in its place. Its results must be tensors that it
-    writes anew, for it to be called with the same ones."""
+    writes anew, for it to be called with the same ones.
+
+    direct: the same as a C function where there is one, which replays call without Python.
+    """
     recorder = _recorder.get()
     if recorder is None:
         return function()
@@ -88,7 +121,11 @@ def outside(function: Callable[[], R]) -> R:
         result = function()
         if torch.ops.onemesh.recorded() != before:
             raise ValueError("a kernel call inside of `outside` can't be recorded")
-        recorder.add(function)
+        call = direct()
+        if call is None:
+            recorder.add(function)
+        else:
+            recorder.add_direct(call)
     return result
 
 
@@ -104,6 +141,9 @@ class _Recorder(TorchDispatchMode):
         """Numbers of kernel calls after which something is called from Python."""
         self.outside: list[list[Callable[[], object]]] = []
         """What is called after each of the cuts."""
+        self.errors: list[Callable[[int], Exception]] = []
+        """What a direct call's error is, by its number."""
+        self.notes: Counter[Callable[[int], None]] = Counter()
 
     def cut(self) -> None:
         """Ends a segment of kernel calls, unless one ends here."""
@@ -111,6 +151,16 @@ class _Recorder(TorchDispatchMode):
         if not self.cuts or self.cuts[-1] != count:
             self.cuts.append(count)
             self.outside.append([])
+
+    def add_direct(self, call: Direct) -> None:
+        """`call` is made here, between kernels."""
+        x = call.x
+        number = len(self.errors)
+        torch.ops.onemesh.record_direct(call.function, call.handle, x.data_ptr(), x.numel(), call.kind, number)
+        self.errors.append(call.error)
+        self.notes[call.note] += 1
+        if _memory(x) not in self._own:
+            self.kept.append(x)
 
     def add(self, function: Callable[[], object]) -> None:
         """`function` is called here."""

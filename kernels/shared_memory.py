@@ -11,13 +11,15 @@ import math
 import os
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_double, c_int, c_uint64, c_void_p
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from kernels.replay import Direct
 
 LIBRARY = Path(__file__).with_name("_shm.so")
 
@@ -45,7 +47,7 @@ _ARGUMENTS = {
     "lost": [c_void_p],
     "all_reduce": [c_void_p, c_void_p, c_uint64, c_int],
     "reduce_scatter": [c_void_p, c_void_p, c_void_p, c_void_p, c_uint64, c_int],
-    "all_gather": [c_void_p, c_void_p, c_void_p, c_void_p, c_uint64],
+    "all_gather": [c_void_p, c_void_p, c_void_p, c_void_p, c_uint64, c_uint64],
     "broadcast": [c_void_p, c_void_p, c_uint64, c_int],
     "send": [c_void_p, c_void_p, c_uint64, c_int],
     "receive": [c_void_p, c_void_p, c_uint64, c_int],
@@ -138,16 +140,20 @@ class SharedMemory:
 
     def all_reduce(self, x: Tensor, op: str) -> None:
         """Reduces `x` in place by `sum` or `max`, in rank order."""
-        kind = _TYPES.get((x.dtype, op))
-        if kind is None or not x.is_contiguous():
-            raise _unsuitable(x, op)
+        kind = _kind(x, op)
         code = self._all_reduce(self._arena, x.data_ptr(), x.numel(), kind)
         if code:
-            raise self._broken(code)
+            raise self.broken(code)
 
     def sum_in_rank_order(self, x: Tensor) -> None:
         """The sum of `all_reduce`."""
         self.all_reduce(x, "sum")
+
+    def direct_sum(self, x: Tensor, note: Callable[[int], None]) -> Direct:
+        """The sum of `all_reduce`, for recordings."""
+        function = ctypes.cast(self._all_reduce, c_void_p).value
+        assert function is not None
+        return Direct(function, self._arena, x, _kind(x, "sum"), self.broken, note)
 
     def all_reduce_start(self, x: Tensor) -> None:
         """The sum, at once: there is no processor to spare that could do it beside the computation."""
@@ -155,25 +161,23 @@ class SharedMemory:
 
     def reduce_scatter(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """This rank's part of the sum of `x` [sum(sizes), ...], whose parts along dim 0 are `sizes`."""
-        kind = _TYPES.get((x.dtype, "sum"))
-        if kind is None or not x.is_contiguous():
-            raise _unsuitable(x, "sum")
+        kind = _kind(x, "sum")
         rest = x.shape[1:]
         out = torch.empty((sizes[self.place], *rest), dtype=x.dtype)
         row = math.prod(rest) * x.itemsize
         code = self._reduce_scatter(self._arena, x.data_ptr(), out.data_ptr(), self._sizes(*sizes), row, kind)
         if code:
-            raise self._broken(code)
+            raise self.broken(code)
         return out
 
-    def all_gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        """[sum(sizes), ...]: the ranks' `x` along dim 0, whose lengths there are `sizes`."""
-        rest = x.shape[1:]
-        out = torch.empty((sum(sizes), *rest), dtype=x.dtype)
-        row = math.prod(rest) * x.itemsize
-        code = self._all_gather(self._arena, x.data_ptr(), out.data_ptr(), self._sizes(*sizes), row)
+    def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
+        """The ranks' `x` side by side along `dim`, where their lengths are `sizes`; contiguous."""
+        before, rest = x.shape[:dim], x.shape[dim + 1 :]
+        out = torch.empty((*before, sum(sizes), *rest), dtype=x.dtype)
+        item, rows = math.prod(rest) * x.itemsize, math.prod(before)
+        code = self._all_gather(self._arena, x.data_ptr(), out.data_ptr(), self._sizes(*sizes), item, rows)
         if code:
-            raise self._broken(code)
+            raise self.broken(code)
         return out
 
     def broadcast(self, x: Tensor, source: int) -> None:
@@ -181,20 +185,20 @@ class SharedMemory:
         _check_contiguous(x)
         code = self._broadcast(self._arena, x.data_ptr(), x.nbytes, source)
         if code:
-            raise self._broken(code)
+            raise self.broken(code)
 
     def barrier(self) -> None:
         """Returns once every rank has called it."""
         code = self._barrier(self._arena)
         if code:
-            raise self._broken(code)
+            raise self.broken(code)
 
     def send(self, x: Tensor, to: int) -> None:
         """Copies `x` for the rank at `to` and returns; `x` may change then. Waits only with 1 GB under way already."""
         _check_contiguous(x)
         code = self._send(self._arena, x.data_ptr(), x.nbytes, to)
         if code:
-            raise self._broken(code)
+            raise self.broken(code)
 
     def receive(self, x: Tensor, source: int) -> Receipt:
         """Asks for the next message of the rank at `source`, whose size is that of `x`."""
@@ -210,10 +214,11 @@ class SharedMemory:
             first = asked.popleft()
             code = self._receive(self._arena, first.x.data_ptr(), first.x.nbytes, first.source)
             if code:
-                raise self._broken(code)
+                raise self.broken(code)
             first.done = True
 
-    def _broken(self, code: int) -> Broken:
+    def broken(self, code: int) -> Broken:
+        """The error of this number, which a function of the library returned."""
         place = self.place if code == 6 else self.library.onemesh_shm_lost(self._arena)
         return Broken(self.ranks[place], _REASONS[code].format(timeout=self.timeout_s), code in _GONE)
 
@@ -221,6 +226,14 @@ class SharedMemory:
 def _check_contiguous(x: Tensor) -> None:
     if not x.is_contiguous():
         raise ValueError(f"the tensor of shape {tuple(x.shape)} is not contiguous; pass x.contiguous()")
+
+
+def _kind(x: Tensor, op: str) -> int:
+    """The library's number of x's dtype and op; raises ValueError for what it can't reduce."""
+    kind = _TYPES.get((x.dtype, op))
+    if kind is None or not x.is_contiguous():
+        raise _unsuitable(x, op)
+    return kind
 
 
 def _unsuitable(x: Tensor, op: str) -> ValueError:

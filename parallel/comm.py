@@ -19,7 +19,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -28,14 +28,15 @@ import torch.distributed.nn.functional  # imported after `start`, its default ar
 from torch import Tensor
 
 from kernels import shared_memory
+from kernels.replay import Direct
 from parallel import hosts
-from parallel.group import Group, Handle, PeerLost, Pending, Traffic, named
-from parallel.hierarchy import Hierarchy, Work
+from parallel.group import Entry, Group, Handle, PeerLost, Pending, Traffic, lost, named
+from parallel.hierarchy import Hierarchy, Work, by_rows
 
 __all__ = [
     "Group", "Launch", "PeerLost", "Pending", "Traffic",
     "all_gather", "all_reduce", "all_reduce_start", "all_to_all", "barrier", "broadcast", "broadcast_bytes", "device",
-    "disagreements", "new_handle", "receive_start", "reduce_scatter", "send_start", "start", "stop",
+    "direct_sum", "disagreements", "new_handle", "receive_start", "reduce_scatter", "send_start", "start", "stop",
     "sum_in_rank_order", "tell",
 ]  # fmt: skip
 
@@ -187,8 +188,10 @@ class Network:
         self.all_reduce(total, "sum")
         return total.split(list(sizes))[self.group.rank()].clone()
 
-    def all_gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+    def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
         """Unequal parts travel padded to the longest one: gloo gathers equal ones only."""
+        if dim:
+            return by_rows(self.all_gather, x, sizes, dim)
         if len(set(sizes)) == 1:
             out = x.new_empty((sum(sizes), *x.shape[1:]))
             dist.all_gather(list(out.split(list(sizes))), x, group=self.group)
@@ -224,11 +227,30 @@ def sum_in_rank_order(x: Tensor, group: Group) -> Tensor:
 
     Shared memory adds like that anyway; gloo gathers the ranks' `x` when there are more than two.
     """
-    if group.size <= 2:
+    op = _sum_op(group)
+    if op == "all_reduce":
         return all_reduce(x, group)
-    group.traffic.add("all_gather", group.axis, x.nbytes)
-    named("all_gather", group, group.through(x).sum_in_rank_order, x)
+    group.traffic.add(op, group.axis, x.nbytes)
+    named(op, group, group.through(x).sum_in_rank_order, x)
     return x
+
+
+def direct_sum(x: Tensor, group: Group) -> Direct | None:
+    """`sum_in_rank_order` for a replay to call without Python; None where the group doesn't share memory."""
+    way = None if group.handle is None else group.through(x)
+    if not isinstance(way, shared_memory.SharedMemory):
+        return None
+    op = _sum_op(group)
+    direct = way.direct_sum(x, Entry(group.traffic, op, group.axis, x.nbytes))
+
+    def error(code: int) -> RuntimeError:
+        return lost(way.broken(code), op, group)
+
+    return replace(direct, error=error)
+
+
+def _sum_op(group: Group) -> str:
+    return "all_reduce" if group.size <= 2 else "all_gather"
 
 
 def all_reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
@@ -255,10 +277,9 @@ def all_gather(x: Tensor, group: Group, sizes: Sequence[int], dim: int) -> Tenso
     """
     if group.size == 1:
         return x
-    front = (x.movedim(dim, 0) if dim else x).contiguous()
-    group.traffic.add("all_gather", group.axis, max(sizes) * math.prod(front.shape[1:]) * x.itemsize)
-    whole = named("all_gather", group, group.through(x).all_gather, front, sizes)
-    return whole.movedim(0, dim) if dim else whole
+    others = math.prod(x.shape[:dim]) * math.prod(x.shape[dim + 1 :])
+    group.traffic.add("all_gather", group.axis, max(sizes) * others * x.itemsize)
+    return named("all_gather", group, group.through(x).all_gather, x.contiguous(), sizes, dim)
 
 
 def reduce_scatter(x: Tensor, group: Group, sizes: Sequence[int], dim: int) -> Tensor:
@@ -316,12 +337,12 @@ def broadcast_bytes(payload: bytes, group: Group, source: int = 0) -> bytes:
     """The group's rank `source`'s payload on every rank: one broadcast of a frame, a second for what is longer."""
     if group.size == 1:
         return payload
-    frame = torch.zeros(FRAME, dtype=torch.uint8)
+    frame = bytearray(FRAME)
     if group.rank == source:
         head = len(payload).to_bytes(8, "little") + payload[: FRAME - 8]
-        frame[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-    data = bytes(broadcast(frame, group, source).numpy())
-    length, start = int.from_bytes(data[:8], "little"), data[8:]
+        frame[: len(head)] = head
+    broadcast(torch.frombuffer(frame, dtype=torch.uint8), group, source)  # the same memory
+    length, start = int.from_bytes(frame[:8], "little"), bytes(frame[8:])
     if length <= len(start):
         return start[:length]
     rest = torch.empty(length - len(start), dtype=torch.uint8)

@@ -28,16 +28,30 @@ class Traffic:
     calls: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
     bytes: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
 
-    def add(self, op: str, axis: str, num_bytes: int) -> None:
-        """Counts one call of `op` over `axis` with `num_bytes` of payload."""
+    def add(self, op: str, axis: str, num_bytes: int, calls: int = 1) -> None:
+        """Counts calls of `op` over `axis` with `num_bytes` of payload each."""
         key = (op, axis)
-        self.calls[key] += 1
-        self.bytes[key] += num_bytes
+        self.calls[key] += calls
+        self.bytes[key] += calls * num_bytes
 
     def clear(self) -> None:
         """Starts counting afresh."""
         self.calls.clear()
         self.bytes.clear()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Counts calls of one kind when it is told how many there were."""
+
+    traffic: Traffic = field(compare=False)
+    op: str
+    axis: str
+    num_bytes: int
+
+    def __call__(self, calls: int) -> None:
+        """Counts so many calls."""
+        self.traffic.add(self.op, self.axis, self.num_bytes, calls)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ place in the buffer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,8 +45,8 @@ class Transport(Protocol):
         """This rank's part along dim 0 of the sum of `x`; `sizes` are the parts' lengths."""
         ...
 
-    def all_gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        """The ranks' `x` along dim 0; `sizes` are their lengths."""
+    def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
+        """The ranks' `x` side by side along `dim`; `sizes` are their lengths."""
         ...
 
     def broadcast(self, x: Tensor, source: int) -> None:
@@ -59,6 +60,16 @@ class Transport(Protocol):
 
     def receive(self, x: Tensor, source: int) -> Work | None:
         """Begins receiving into `x`."""
+
+
+def by_rows(
+    gather: Callable[[Tensor, Sequence[int], int], Tensor], x: Tensor, sizes: Sequence[int], dim: int
+) -> Tensor:
+    """A gather along `dim` by one along dim 0: each rank's x in one piece."""
+    before, rest = x.shape[:dim], x.shape[dim + 1 :]
+    counts = [math.prod(before) * size for size in sizes]
+    parts = gather(x.reshape(math.prod(x.shape[: dim + 1]), *rest), counts, 0).split(counts)
+    return torch.cat([part.view(*before, size, *rest) for part, size in zip(parts, sizes, strict=True)], dim)
 
 
 @dataclass(frozen=True)
@@ -102,13 +113,15 @@ class Hierarchy:
         self.all_reduce(total, "sum")
         return total.split(list(sizes))[self.place].clone()
 
-    def all_gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+    def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
         """Gathers inside the hosts, then between them; every host gets the whole once."""
+        if dim:
+            return by_rows(self.all_gather, x, sizes, dim)
         by_host = [[sizes[place] for place in places] for places in self.hosts.places]
-        part = x if self._memory is None else self._memory.all_gather(x, by_host[self.hosts.here])
+        part = x if self._memory is None else self._memory.all_gather(x, by_host[self.hosts.here], 0)
         whole = x.new_empty((sum(sizes), *x.shape[1:]))
         if self.leaders is not None:
-            whole = self.leaders.all_gather(part, [sum(theirs) for theirs in by_host])
+            whole = self.leaders.all_gather(part, [sum(theirs) for theirs in by_host], 0)
         self._spread(whole)
         order = [place for places in self.hosts.places for place in places]
         if order == sorted(order):

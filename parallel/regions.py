@@ -57,4 +57,4 @@ def leave(x: Tensor, group: Group) -> Tensor:
     if torch.is_grad_enabled():
         return _Leave.apply(x, group)  # type: ignore[no-any-return]
     x = x.contiguous()
-    return outside(lambda: comm.sum_in_rank_order(x, group))
+    return outside(lambda: comm.sum_in_rank_order(x, group), lambda: comm.direct_sum(x, group))

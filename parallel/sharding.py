@@ -2,12 +2,12 @@
 
 Loading, saving, resharding, adapter placement, gradient reduction and serving all read it. What is cut are
 *units* (KV groups with their query heads, ffn columns, vocabulary rows), balanced and uneven where they don't
-divide, so no padding exists anywhere. With more ranks than KV groups the query heads are cut and each rank
-holds the KV heads its query heads read, so that a KV head may live on several ranks:
+divide, so no padding exists anywhere. Where that balances the ranks better the query heads are cut instead and each
+rank holds the KV heads its query heads read, so that a KV head may live on several ranks:
 
-    9 query heads, 3 KV heads          tensor=2                tensor=4
-    query heads                        0-5 | 6-8               0-2 | 3-4 | 5-6 | 7-8
-    KV heads                           0-1 | 2                 0   | 1   | 1-2 | 2
+    9 query heads, 3 KV heads    tensor=2      tensor=3            tensor=4
+    query heads                  0-4 | 5-8     0-2 | 3-5 | 6-8     0-2 | 3-4 | 5-6 | 7-8
+    KV heads                     0-1 | 1-2     0   | 1   | 2       0   | 1   | 1-2 | 2
 """
 
 from __future__ import annotations
@@ -99,16 +99,24 @@ def cut(architecture: Architecture, size: int, rank: int) -> Cut:
     )
 
 
-def _head_ranges(architecture: Architecture, size: int, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(query heads, KV heads) of a rank: whole KV groups while there are enough, else query heads."""
+Range = tuple[int, int]
+
+
+def _head_ranges(architecture: Architecture, size: int, rank: int) -> tuple[Range, Range]:
+    """(query heads, KV heads) of a rank: whole KV groups while there are enough, unless cutting query heads leaves the
+    fullest rank fewer of these and no more KV heads, of which the cache consists."""
     group = architecture.num_heads // architecture.num_kv_heads
+    heads = list(itertools.pairwise(partition(architecture.num_heads, size)))
+    kv = [(first // group, (last - 1) // group + 1) for first, last in heads]
     if size <= architecture.num_kv_heads:
-        offsets = partition(architecture.num_kv_heads, size)
-        kv = (offsets[rank], offsets[rank + 1])
-        return (kv[0] * group, kv[1] * group), kv
-    offsets = partition(architecture.num_heads, size)
-    heads = (offsets[rank], offsets[rank + 1])
-    return heads, (heads[0] // group, (heads[1] - 1) // group + 1)
+        groups = list(itertools.pairwise(partition(architecture.num_kv_heads, size)))
+        if _longest(kv) > _longest(groups) or _longest(heads) == group * _longest(groups):
+            heads, kv = [(first * group, last * group) for first, last in groups], groups
+    return heads[rank], kv[rank]
+
+
+def _longest(ranges: Sequence[Range]) -> int:
+    return max(last - first for first, last in ranges)
 
 
 @dataclass(frozen=True, kw_only=True)

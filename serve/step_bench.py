@@ -1,7 +1,7 @@
 """Decode steps of SmolLM2-135M, taken apart: python -m serve.step_bench writes docs/benchmarks/decode_step.md.
 
 A step of each number of requests is timed four ways in turn: with its replay (as the server runs it), without one (each
-kernel called from Python), the replay with a clock around each thread's share of each kernel, and a plain read of
+kernel called from Python), with its replay by a clock around each thread's share of each kernel, and a plain read of
 memory. No HTTP, no sampler, no scheduler: what one process adds to those is in `serve.compare`'s figures.
 """
 
@@ -16,7 +16,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor
 
 from conf.schema import ModelConf
 from kernels import dispatch
@@ -58,16 +57,16 @@ class Steps:
         return _seconds(lambda: self.runner.forward(self.chunks))
 
     def parts(self) -> tuple[float, float, int]:
-        """(seconds of a replay in which some thread works on a kernel call; seconds of the rest of a step, Python
-        around the replay included; number of the calls)."""
+        """(seconds of a step in which some thread works on a kernel call; seconds of the rest of that step; number of
+        the calls)."""
         (step,) = self.runner.replays.steps
-        found: list[Tensor] = []
-        whole = _seconds(lambda: found.append(step.recording.timed_replay()))
-        begins, ends = found[0]
+        step.recording.by_clock = True
+        whole = self.step()
+        step.recording.by_clock = False
+        begins, ends = step.recording.times()
         begins = torch.where(begins > 0, begins, torch.inf)
         work = float((ends.amax(0) - begins.amin(0)).sum())
-        around = self.step() - _seconds(step.recording.replay)
-        return work, whole - work + around, begins.shape[1]
+        return work, whole - work, begins.shape[1]
 
 
 def weight_bytes(decoder: Decoder) -> int:
@@ -136,9 +135,9 @@ Command: `python -m serve.step_bench`
 {timing.table(header, rows)}
 
 Plain: each kernel is called from Python. Kernel calls: the time from their first thread's begin to their last thread's
-end, summed, and their number; beyond: what a replayed step takes more, from one call to the next, in Python, and for
-the clock (about 0.05 ms). The last column is the limit of a step that did nothing but read its weights at the speed of
-a plain read in the same round, and the share of it that the replayed step reaches.
+end, summed, and their number; beyond: the rest of that step, from one call to the next, in Python, and for reading the
+clock (two readings a call: about 0.01 ms). The last column is the limit of a step that did nothing but read its weights
+at the speed of a plain read in the same round, and the share of it that the replayed step reaches.
 """
     REPORT.parent.mkdir(parents=True, exist_ok=True)
     REPORT.write_text(text)

@@ -32,6 +32,9 @@ class Call {
   // call before this one sees it.
   virtual const Call* precede(const Call* next) { return next; }
 
+  // The error's number once its work has failed: nothing behind it is done then.
+  virtual int error() const { return 0; }
+
   // Takes the call before it in, if the threads can do both without waiting for each other in between.
   virtual bool follow(std::unique_ptr<Call>& before) {
     (void)before;

@@ -57,12 +57,9 @@ Work cut(const Attention& a, int64_t num_sequences) {
   const auto seen = [&](const Sequence& s) {  // keys that its last query sees
     return std::max<int64_t>(0, std::min(s.keys, s.queries + s.offset));
   };
-  int64_t total = 0, singles = 0, largest_group = 1;
+  int64_t total = 0, singles = 0;
   for (int64_t b = 0; b < num_sequences; ++b)
     if (a.sequences[b].queries == 1) ++singles, total += extents(seen(a.sequences[b]));
-  for (int64_t k = 0; k < a.num_kv_heads; ++k)
-    largest_group = std::max(largest_group, a.first_head[k + 1] - a.first_head[k]);
-  const int64_t step = std::max<int64_t>(1, PART_ROWS / largest_group);
   const int64_t per_part = std::max<int64_t>(1, total / (4 * threads));
   Work work;
   for (int64_t b = 0; b < num_sequences; ++b) {
@@ -71,11 +68,17 @@ Work cut(const Attention& a, int64_t num_sequences) {
       cut_single(work, a, b, seen(s), per_part, singles >= 4 * threads);
       continue;
     }
-    for (int64_t last = s.queries; last > 0; last -= std::min(last, step)) {  // last queries see most keys: first
-      const int64_t first = std::max<int64_t>(0, last - step);
+    // last queries see most keys: first
+    std::vector<int64_t> left(a.num_kv_heads, s.queries);
+    for (bool more = true; more;) {
+      more = false;
       for (int64_t k = 0; k < a.num_kv_heads; ++k) {
-        work.parts.push_back({b, first, last - first, k, 1, 0, s.keys, -1});
+        const int64_t group = a.first_head[k + 1] - a.first_head[k];
+        const int64_t some = std::min(left[k], std::max<int64_t>(1, PART_ROWS / std::max<int64_t>(1, group)));
+        if (some == 0) continue;
+        work.parts.push_back({b, left[k] -= some, some, k, 1, 0, s.keys, -1});
         work.join.push_back(-1);
+        more = true;
       }
     }
   }

@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <deque>
 #include <map>
+#include <tuple>
 #include <vector>
 
 #include "call.h"
@@ -89,9 +90,31 @@ std::atomic<int64_t> turns{0};
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
+// A C function of another library, called by one thread: communication that needs no Python.
+struct DirectCall : Call {
+  using Function = int (*)(void* handle, void* data, uint64_t count, int kind);  // 0 or an error's number
+  Function function;
+  void *handle, *data;
+  uint64_t count;
+  int kind, failed = 0;
+  int64_t number;  // among the recording's
+
+  void prepare(int64_t) override { failed = 0; }
+  int64_t most_threads() const override { return 1; }
+  void work(int64_t, int64_t) override { failed = function(handle, data, count, kind); }
+  int error() const override { return failed; }
+};
+
+using Failure = std::tuple<int64_t, int64_t>;  // which direct call, its error's number; 0: none
+
 struct Program {
   std::vector<std::unique_ptr<Call>> calls;        // as recorded, until `join`
   std::vector<std::vector<std::unique_ptr<Call>>> segments;  // between what the program can't replay
+  struct Times {
+    int64_t threads = 0;
+    std::vector<double> seconds;  // [2][threads][calls]
+  };
+  std::vector<Times> times;  // of each segment's last replay by the clock
   int64_t recorded = 0;
   std::shared_ptr<Arena> arena = std::make_shared<Arena>();
 
@@ -110,10 +133,20 @@ struct Program {
     for (auto segment = segments.rbegin(); segment != segments.rend(); ++segment)
       for (auto call = segment->rbegin(); call != segment->rend(); ++call) weights = (*call)->precede(weights);
     calls.clear();
+    times.resize(segments.size());
   }
 
-  // Runs a segment; `seconds` [2][threads][calls], if there, gets when each thread began and ended its share.
-  void replay(const std::vector<std::unique_ptr<Call>>& segment, int64_t threads, double* seconds) const {
+  // Runs a segment; by the clock, it notes when each thread began and ended its share of each call. Threads that wait
+  // for each other must not throw: all of them stop behind a call that failed.
+  Failure replay(int64_t number, bool clock) {
+    const auto& segment = segments.at(number);
+    const int64_t threads = torch::stable::get_num_threads();
+    double* seconds = nullptr;
+    if (clock) {
+      times[number].threads = threads;
+      times[number].seconds.assign(2 * threads * segment.size(), 0.0);
+      seconds = times[number].seconds.data();
+    }
     const int64_t turn = ++turns;
     for (const auto& call : segment) call->prepare(turn);
     Barrier barrier(threads);
@@ -127,8 +160,12 @@ struct Program {
           if (begin) begin[threads * segment.size()] = now();
         }
         barrier.wait(i, first, last);
+        if (segment[i]->error()) break;
       }
     });
+    for (const auto& call : segment)
+      if (call->error()) return {static_cast<const DirectCall&>(*call).number, call->error()};
+    return {0, 0};
   }
 };
 
@@ -150,21 +187,29 @@ void record_end(const std::vector<int64_t> cuts) {
   program->finish(cuts);
 }
 
-const std::vector<std::unique_ptr<Call>>& segment_of(int64_t program, int64_t segment) {
-  return reinterpret_cast<Program*>(program)->segments.at(segment);
+// Keeps a call that replays make: function(handle, data, count, kind).
+void record_direct(int64_t function, int64_t handle, int64_t data, int64_t count, int64_t kind, int64_t number) {
+  STD_TORCH_CHECK(recording, "record: this thread doesn't record");
+  auto call = std::make_unique<DirectCall>();
+  call->function = reinterpret_cast<DirectCall::Function>(function);
+  call->handle = reinterpret_cast<void*>(handle), call->data = reinterpret_cast<void*>(data);
+  call->count = count, call->kind = int(kind), call->number = number;
+  recording->calls.push_back(std::move(call));
+  ++recording->recorded;
 }
 
-void replay(int64_t program, int64_t segment) {
-  reinterpret_cast<Program*>(program)->replay(segment_of(program, segment), torch::stable::get_num_threads(), nullptr);
+Failure replay(int64_t program, int64_t segment, bool clock) {
+  return reinterpret_cast<Program*>(program)->replay(segment, clock);
 }
 
-// As `replay`: [2, threads, calls] in float64, seconds on one clock when each thread began and ended its work on a call,
-// 0 where it had none.
-Tensor timed_replay(const Tensor like, int64_t program, int64_t segment) {
-  const auto& calls = segment_of(program, segment);
-  const int64_t threads = torch::stable::get_num_threads();
-  Tensor seconds = torch::stable::new_zeros(like, {2, threads, int64_t(calls.size())}, ScalarType::Double);
-  reinterpret_cast<Program*>(program)->replay(calls, threads, static_cast<double*>(seconds.mutable_data_ptr()));
+// [2, threads, calls] in float64, seconds on one clock when each thread began and ended its work on a call in the
+// segment's last replay by the clock, 0 where it had none.
+Tensor replay_times(const Tensor like, int64_t program, int64_t segment) {
+  const Program& from = *reinterpret_cast<Program*>(program);
+  const Program::Times& times = from.times.at(segment);
+  const int64_t calls = from.segments[segment].size();
+  Tensor seconds = torch::stable::new_zeros(like, {2, times.threads, calls}, ScalarType::Double);
+  std::copy(times.seconds.begin(), times.seconds.end(), static_cast<double*>(seconds.mutable_data_ptr()));
   return seconds;
 }
 
@@ -204,8 +249,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(onemesh, m) {
   m.def("record_begin() -> int");
   m.def("recorded() -> int");
   m.def("record_end(int[] cuts) -> ()");
-  m.def("replay(int program, int segment) -> ()");
-  m.def("timed_replay(Tensor like, int program, int segment) -> Tensor");
+  m.def("record_direct(int function, int handle, int data, int count, int kind, int number) -> ()");
+  m.def("replay(int program, int segment, bool clock) -> (int, int)");
+  m.def("replay_times(Tensor like, int program, int segment) -> Tensor");
   m.def("forget(int program) -> ()");
 }
 
@@ -213,8 +259,9 @@ STABLE_TORCH_LIBRARY_IMPL(onemesh, CompositeExplicitAutograd, m) {
   m.impl("record_begin", TORCH_BOX(&record_begin));
   m.impl("recorded", TORCH_BOX(&recorded));
   m.impl("record_end", TORCH_BOX(&record_end));
+  m.impl("record_direct", TORCH_BOX(&record_direct));
   m.impl("replay", TORCH_BOX(&replay));
   m.impl("forget", TORCH_BOX(&forget));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(onemesh, CPU, m) { m.impl("timed_replay", TORCH_BOX(&timed_replay)); }
+STABLE_TORCH_LIBRARY_IMPL(onemesh, CPU, m) { m.impl("replay_times", TORCH_BOX(&replay_times)); }

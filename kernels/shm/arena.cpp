@@ -19,7 +19,8 @@
 namespace {
 
 constexpr int PAUSES = 500;        // some us; none where ranks share processors
-constexpr double YIELD_S = 200e-6;  // an idle virtual processor takes about as long to wake
+constexpr double YIELD_S = 1e-3;  // an idle virtual processor takes up to a fifth of it to wake
+constexpr double YIELD_CROWDED_S = 200e-6;
 constexpr long LOOK_NS = 50'000'000;  // how often a sleeper looks whether the others live
 constexpr double MOVE_S = 0.02;
 constexpr size_t PAGE = 4096;
@@ -197,11 +198,11 @@ int Arena::wait(Flag& flag, uint32_t value, int rank) {
     }
     step_aside(rank);
   }
-  const double started = now();
+  const double started = now(), patience = crowded_ ? YIELD_CROWDED_S : YIELD_S;
   do {
     sched_yield();
     if (reached(flag.value, value)) return OK;
-  } while (now() - started < YIELD_S);
+  } while (now() - started < patience);
   const timespec look{0, LOOK_NS};
   int error = OK;
   flag.sleepers.fetch_add(1);

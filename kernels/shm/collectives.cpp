@@ -186,31 +186,39 @@ int onemesh_shm_reduce_scatter(Arena* arena, const uint8_t* x, uint8_t* out, con
   return OK;
 }
 
-// out = the ranks' x one after another; `rows` are theirs and may differ.
-int onemesh_shm_all_gather(Arena* arena, const uint8_t* x, uint8_t* out, const uint64_t* rows, uint64_t row_bytes) {
+// Each of out's `count` rows = the ranks' rows of x one after another; their `sizes` in items may differ.
+int onemesh_shm_all_gather(Arena* arena, const uint8_t* x, uint8_t* out, const uint64_t* sizes, uint64_t item_bytes,
+                           uint64_t count) {
   Arena& a = *arena;
-  std::vector<uint64_t> sizes(a.n), starts(a.n + 1);
-  for (int r = 0; r < a.n; r++) sizes[r] = rows[r] * row_bytes;
-  for (int r = 0; r < a.n; r++) starts[r + 1] = starts[r] + sizes[r];
-  const uint64_t longest = *std::max_element(sizes.begin(), sizes.end());
+  std::vector<uint64_t> rows(a.n), starts(a.n + 1), parts(a.n);
+  for (int r = 0; r < a.n; r++) rows[r] = sizes[r] * item_bytes, parts[r] = count * rows[r];
+  for (int r = 0; r < a.n; r++) starts[r + 1] = starts[r] + rows[r];
+  // bytes [at, at + length) of a rank's part, to their places
+  auto put = [&](int r, uint64_t at, uint64_t length, const uint8_t* from) {
+    for (uint64_t end = at + length, some; at < end; at += some, from += some) {
+      some = std::min(end - at, rows[r] - at % rows[r]);
+      std::memcpy(out + at / rows[r] * starts[a.n] + starts[r] + at % rows[r], from, some);
+    }
+  };
+  const uint64_t longest = *std::max_element(parts.begin(), parts.end());
   const bool large = longest > a.layout.small_slot;
   const uint64_t chunk = shared_chunk(a, large), steps = std::max<uint64_t>(1, ceil_div(longest, chunk));
-  Call call(a, mixed(ALL_GATHER, sizes.data(), a.n), large);
+  Call call(a, mixed(mixed(ALL_GATHER, rows.data(), a.n), count), large);
   if (int error = call.begin()) return error;
   for (uint64_t t = 0; t <= steps; t++) {
     if (t < steps) {
       if (int error = call.reserve(t)) return error;
-      const Span s(sizes[a.me], chunk, t);
+      const Span s(parts[a.me], chunk, t);
       std::memcpy(call.own(t), x + s.at, s.length);
       call.publish(t);
-      std::memcpy(out + starts[a.me] + s.at, x + s.at, s.length);
+      put(a.me, s.at, s.length, x + s.at);
     }
     if (t == 0) continue;
     if (int error = call.wait_all(t - 1)) return error;
     for (int i = 1; i < a.n; i++) {
       const int r = (a.me + i) % a.n;
-      const Span s(sizes[r], chunk, t - 1);
-      std::memcpy(out + starts[r] + s.at, call.slot(r, t - 1), s.length);
+      const Span s(parts[r], chunk, t - 1);
+      put(r, s.at, s.length, call.slot(r, t - 1));
     }
   }
   return OK;

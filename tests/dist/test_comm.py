@@ -139,12 +139,14 @@ def test_a_tensor_parallel_step_reduces_twice_a_layer_each_way() -> None:
     run = layout(tensor=2, dtype="float32")
     calls, sizes, tokens = on_ranks(2, _traffic, run)[0]
     layers = TINY.num_layers
-    # forward: embedding, 2 a layer, loss (max; sum and picked logit). backward: 2 a layer, loss's hidden
-    assert calls[("all_reduce", "tensor")] == 1 + 2 * layers + 2 + 2 * layers + 1
+    # forward: embedding, 2 a layer, loss (max; sum and picked logit). backward: 2 a layer, loss's hidden; one for the
+    # keys and values of the KV head that both ranks hold
+    assert calls[("all_reduce", "tensor")] == 1 + 2 * layers + 2 + 2 * layers + 1 + 1
     hidden = tokens * TINY.width * 4
     targets = sum(int(row.targets[1:].sum()) for row in rows_of(1, run.batch_size, TINY.vocab_size))
     loss = targets * 4 + 2 * targets * 4 + targets * TINY.width * 4
-    assert sizes[("all_reduce", "tensor")] == hidden * (1 + 4 * layers) + loss
+    shared = layers * 2 * TINY.num_kv_heads * TINY.head_dim * TINY.width * 4
+    assert sizes[("all_reduce", "tensor")] == hidden * (1 + 4 * layers) + loss + shared
     assert ("all_reduce", "data+context") not in calls
 
 

@@ -1,8 +1,10 @@
 """A replay gives the bits of the function that was recorded: on new inputs, any number of threads, whatever is joined."""
 
+import ctypes
 import gc
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from conf.schema import Architecture
 from kernels.ops import LowRank, Ops, Part
-from kernels.replay import Recording, outside
+from kernels.replay import Direct, Recording, outside
 from parallel.mesh import Mesh
 from parallel.model.load import build_decoder
 from serve.batch import LoadedAdapter
@@ -52,7 +54,20 @@ def check(function: Callable[[], Tensor], inputs: Sequence[Tensor], *, outsides:
 
 
 def num_calls(recording: Recording) -> int:
-    return recording.timed_replay().shape[2]
+    """Of a replay whose calls follow each other on the clock."""
+    recording.by_clock = True
+    started = time.clock_gettime(time.CLOCK_MONOTONIC)
+    recording.replay()
+    ended = time.clock_gettime(time.CLOCK_MONOTONIC)
+    recording.by_clock = False
+    begins, ends = recording.times()
+    worked = begins > 0
+    assert worked.any(0).all() and torch.equal(worked, ends > 0) and (begins <= ends).all()
+    last, first = ends.amax(0), torch.where(worked, begins, torch.inf).amin(0)
+    assert started <= first[0] and (last[:-1] <= first[1:]).all() and last[-1] <= ended
+    recording.replay()
+    assert torch.equal(recording.times()[0], begins), "without the clock nothing is noted"
+    return begins.shape[1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -102,6 +117,73 @@ def test_views_torch_ops_and_writes_in_place() -> None:
 
     check(function, [x], outsides=5)
     assert len(calls) == 1 + 2 * 3
+
+
+FUNCTION = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int)
+
+
+class Doubling:
+    """Doubles its tensor, as a C function that may fail."""
+
+    def __init__(self) -> None:
+        self.code, self.calls, self.noted = 0, 0, []
+        self._function = FUNCTION(self._double)
+
+    def _double(self, handle: int, data: int, count: int, kind: int) -> int:
+        assert handle == 5 and kind == 7
+        numbers = (ctypes.c_float * count).from_address(data)
+        numbers[:] = [2 * x for x in numbers]
+        self.calls += 1
+        return self.code
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return outside(lambda: x.mul_(2), lambda: self._direct(x))
+
+    def _direct(self, x: Tensor) -> Direct:
+        address = ctypes.cast(self._function, ctypes.c_void_p).value
+        assert address is not None
+        return Direct(address, 5, x, 7, lambda code: OSError(f"code {code}"), self.noted.append)
+
+
+def test_c_functions_are_called_between_the_kernels(thread_counts: None) -> None:
+    ops = backend("compiled", torch.float32)
+    x, w = draw(3, 16), packed(ops, draw(16, 16) * 0.3)
+    doubling = Doubling()
+
+    def function() -> Tensor:
+        return ops.linear(doubling(ops.linear(doubling(ops.linear(x, w)), w)), w)
+
+    recording = check(function, [x])
+    assert num_calls(recording) == 5 and len(recording._segments) == 1
+    assert set(doubling.noted) == {2}, "calls of one kind are told together"
+    assert doubling.calls == sum(doubling.noted) >= 2 * 3
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_behind_a_c_function_that_fails_nothing_is_done(threads: int, thread_counts: None) -> None:
+    """All threads stop: none waits for the one that failed."""
+    ops = backend("compiled", torch.float32)
+    x, w, w_next = draw(3, 200), packed(ops, draw(200, 200) * 0.3), packed(ops, draw(200, 200) * 0.3)
+    doubling = Doubling()
+    results: list[Tensor] = []
+
+    def function() -> Tensor:
+        results.append(doubling(ops.linear(x, w)))
+        return ops.linear(results[-1], w_next)
+
+    recording = Recording(function)
+    torch.set_num_threads(threads)
+    expected = recording.output.clone()
+    recording.output.zero_()
+    doubling.code = 3
+    for recording.by_clock in (False, True):
+        with pytest.raises(OSError, match="code 3"):
+            recording.replay()
+        assert not recording.output.any()
+    assert recording.times()[:, :, :2].any() and not recording.times()[:, :, 2:].any()
+    assert not doubling.noted
+    doubling.code = 0
+    assert torch.equal(recording.replay(), expected)
 
 
 def test_results_that_are_freed_make_room_for_later_ones() -> None:
@@ -298,11 +380,12 @@ def decoding(runner: Runner, steps: int, adapters: Sequence[str | None]) -> list
     return results
 
 
-def runner_of(architecture: Architecture, ops: Ops) -> Runner:
+def runner_of(architecture: Architecture, ops: Ops, mesh: Mesh | None = None) -> Runner:
+    mesh = mesh or Mesh.single()
     decoder = build_decoder(
-        RandomWeights(architecture), Mesh.single(), (5,), dtype=torch.bfloat16, ops=ops, trainable=False, packed=True
+        RandomWeights(architecture), mesh, (5,), dtype=torch.bfloat16, ops=ops, trainable=False, packed=True
     )
-    return Runner(decoder, Mesh.single(), KvCache.allocate(decoder, num_pages=200, page_size=4), 4, "")
+    return Runner(decoder, mesh, KvCache.allocate(decoder, num_pages=200, page_size=4), 4, "")
 
 
 @pytest.mark.parametrize("architecture", [TINY, replace(BIASED, sliding_window=9)])

@@ -29,13 +29,33 @@ def test_partition_covers_everything_and_is_balanced(units: int, size: int) -> N
 
 
 def test_nine_heads_in_three_groups() -> None:
-    assert [cut(TINY, 2, r).heads for r in range(2)] == [(0, 6), (6, 9)]
-    assert [cut(TINY, 2, r).kv_heads for r in range(2)] == [(0, 2), (2, 3)]
+    assert [cut(TINY, 2, r).heads for r in range(2)] == [(0, 5), (5, 9)]
+    assert [cut(TINY, 2, r).kv_heads for r in range(2)] == [(0, 2), (1, 3)]
+    assert [cut(TINY, 3, r).heads for r in range(3)] == [(0, 3), (3, 6), (6, 9)]
     assert [cut(TINY, 4, r).heads for r in range(4)] == [(0, 3), (3, 5), (5, 7), (7, 9)]
     assert [cut(TINY, 4, r).kv_heads for r in range(4)] == [(0, 1), (1, 2), (1, 3), (2, 3)]
     assert [cut(TINY, 4, r).kv_heads_owned for r in range(4)] == [(0, 1), (1, 2), (2, 3), (3, 3)]
     assert cut(TINY, 4, 2).kv_index == (0, 1)
-    assert [cut(TINY, size, 0).kv_overlap for size in (1, 2, 3, 4, 9)] == [False, False, False, True, True]
+    assert [cut(TINY, size, 0).kv_overlap for size in (1, 2, 3, 4, 9)] == [False, True, False, True, True]
+
+
+def test_query_heads_are_cut_only_where_no_rank_needs_more_kv_heads() -> None:
+    """The cache of the fullest rank is never larger than with whole groups, and no rank has more query heads."""
+    for groups, group, size in itertools.product(range(1, 9), range(1, 9), range(1, 9)):
+        architecture = replace(TINY, num_heads=groups * group, num_kv_heads=groups)
+        if size > groups:
+            continue
+        cuts = [cut(architecture, size, rank) for rank in range(size)]
+        most = -(-groups // size)
+        assert max(here.num_kv_heads for here in cuts) == most
+        assert max(here.num_heads for here in cuts) <= most * group
+        if groups % size == 0:
+            assert not cuts[0].kv_overlap
+    assert [cut(replace(TINY, num_heads=20, num_kv_heads=5), 3, r).heads for r in range(3)] == [
+        (0, 8),
+        (8, 16),
+        (16, 20),
+    ]
 
 
 @pytest.mark.parametrize("size", SIZES)
