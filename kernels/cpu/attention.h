@@ -66,31 +66,44 @@ inline float largest(vf x) {
 #endif
 }
 
-// 2^x for x <= 127 within 2 units in the last place where that is normal, 0 far below; 1 at 0; NaN stays. The polynomial
-// is the minimax one on [-1/2, 1/2].
-inline vf exp2(vf x) {
-#if defined(__AVX512F__)
-  x = larger(splat(-200.0f), x);
-  const vf n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = x - n;
-#else
-  const vi is_normal = ~(x < splat(-126.0f));
-  const vf moved = select(is_normal, x, vf{}) + splat(12582912.0f);  // 1.5 * 2^23: rounds to an integer
-  const vf f = select(is_normal, x, vf{}) - (moved - splat(12582912.0f));
-#endif
+// 2^f for |f| <= 1/2, 1 at 0, by minimax polynomials: within 2 units in the last place of a float; within 3e-6, for
+// what is rounded to bfloat16.
+inline vf power(vf f) {
   vf y = splat(1.535336172e-04f);
   y = fma(y, f, splat(1.339887448e-03f));
   y = fma(y, f, splat(9.618437359e-03f));
   y = fma(y, f, splat(5.550332471e-02f));
   y = fma(y, f, splat(2.402264791e-01f));
   y = fma(y, f, splat(6.931472029e-01f));
-  y = fma(y, f, splat(1.0f));
+  return fma(y, f, splat(1.0f));
+}
+inline vf rough_power(vf f) {
+  vf y = splat(9.582852945e-03f);
+  y = fma(y, f, splat(5.590642616e-02f));
+  y = fma(y, f, splat(2.402409911e-01f));
+  y = fma(y, f, splat(6.931241751e-01f));
+  return fma(y, f, splat(1.0f));
+}
+
+// 2^x for x <= 127 as precise as the power, 0 far below; NaN stays.
+template <vf (*POWER)(vf) = power>
+inline vf exp2(vf x) {
 #if defined(__AVX512F__)
-  return _mm512_scalef_ps(y, n);
+  x = larger(splat(-200.0f), x);
+  const vf n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return _mm512_scalef_ps(POWER(x - n), n);
 #else
+  const vi is_normal = ~(x < splat(-126.0f));
+  const vf moved = select(is_normal, x, vf{}) + splat(12582912.0f);  // 1.5 * 2^23: rounds to an integer
+  const vf y = POWER(select(is_normal, x, vf{}) - (moved - splat(12582912.0f)));
   return select(is_normal, (vf)((vi)y + ((vi)moved << 23)), vf{});
 #endif
 }
 inline float exp2(float x) { return exp2(splat(x))[0]; }
+inline vf weight_of(Floats*, vf x) { return exp2(x); }
+#ifdef __AVX512BF16__
+inline vf weight_of(Pairs*, vf x) { return exp2<rough_power>(x); }
+#endif
 
 // Cephes' tanhf: a polynomial near 0, 1 - 2 / (e^2x + 1) beyond.
 inline vf tanh(vf x) {
@@ -106,16 +119,16 @@ inline vf tanh(vf x) {
   return select(size < splat(0.625f), near, select(x < vf{}, -far, far));
 }
 
-// What a product does with what lies in its place: forgets it, adds to it, or goes on from it times `keep` of its row.
-enum class Into { NEW, SUM, KEPT };
+// What a product does with what lies in its place: forgets it, or adds to it.
+enum class Into { NEW, SUM };
 
 // c[R][V vectors] = a x b (+ ...): n units; a is read unit by unit, b vector by vector.
 template <class U, Into I, int R, int V>
-inline void tile(float* c, int64_t c_row, const float* keep, const float* a, int64_t a_row, int64_t a_unit,
-                 const float* b, int64_t b_unit, int64_t n) {
+inline void tile(float* c, int64_t c_row, const float* a, int64_t a_row, int64_t a_unit, const float* b, int64_t b_unit,
+                 int64_t n) {
   vf sum[R][V];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = I == Into::KEPT ? load(c + r * c_row + v * W) * keep[r] : vf{};
+    for (int v = 0; v < V; ++v) sum[r][v] = vf{};
   for (int64_t u = 0; u < n; ++u) {
     vf x[V];
 #pragma GCC unroll 4
@@ -133,26 +146,26 @@ inline void tile(float* c, int64_t c_row, const float* keep, const float* a, int
 }
 
 template <class U, Into I, int R>
-void tiles(float* c, int64_t c_row, const float* keep, const float* a, int64_t a_row, int64_t a_unit, const float* b,
-           int64_t b_unit, int64_t n, int64_t vecs) {
+void tiles(float* c, int64_t c_row, const float* a, int64_t a_row, int64_t a_unit, const float* b, int64_t b_unit,
+           int64_t n, int64_t vecs) {
   int64_t v = 0;
   for (; v + COLUMNS <= vecs; v += COLUMNS)
-    tile<U, I, R, COLUMNS>(c + v * W, c_row, keep, a, a_row, a_unit, b + v * W, b_unit, n);
+    tile<U, I, R, COLUMNS>(c + v * W, c_row, a, a_row, a_unit, b + v * W, b_unit, n);
   const int64_t left = vecs - v;
   if constexpr (COLUMNS > 2) {
-    if (left == 3) tile<U, I, R, 3>(c + v * W, c_row, keep, a, a_row, a_unit, b + v * W, b_unit, n);
-    if (left == 2) tile<U, I, R, 2>(c + v * W, c_row, keep, a, a_row, a_unit, b + v * W, b_unit, n);
+    if (left == 3) tile<U, I, R, 3>(c + v * W, c_row, a, a_row, a_unit, b + v * W, b_unit, n);
+    if (left == 2) tile<U, I, R, 2>(c + v * W, c_row, a, a_row, a_unit, b + v * W, b_unit, n);
   }
-  if (left == 1) tile<U, I, R, 1>(c + v * W, c_row, keep, a, a_row, a_unit, b + v * W, b_unit, n);
+  if (left == 1) tile<U, I, R, 1>(c + v * W, c_row, a, a_row, a_unit, b + v * W, b_unit, n);
 }
 
 // `rows` <= ROWS rows of a product.
 template <class U, Into I, int R = ROWS>
-inline void product(int64_t rows, float* c, int64_t c_row, const float* keep, const float* a, int64_t a_row,
-                    int64_t a_unit, const float* b, int64_t b_unit, int64_t n, int64_t vecs) {
+inline void product(int64_t rows, float* c, int64_t c_row, const float* a, int64_t a_row, int64_t a_unit,
+                    const float* b, int64_t b_unit, int64_t n, int64_t vecs) {
   if constexpr (R > 0) {
-    if (rows == R) tiles<U, I, R>(c, c_row, keep, a, a_row, a_unit, b, b_unit, n, vecs);
-    else product<U, I, R - 1>(rows, c, c_row, keep, a, a_row, a_unit, b, b_unit, n, vecs);
+    if (rows == R) tiles<U, I, R>(c, c_row, a, a_row, a_unit, b, b_unit, n, vecs);
+    else product<U, I, R - 1>(rows, c, c_row, a, a_row, a_unit, b, b_unit, n, vecs);
   }
 }
 
@@ -242,17 +255,17 @@ inline void store_unit_rows(Pairs*, float* to, const float (*rows)[KEY_BLOCK]) {
 }
 #endif
 
-// Which keys of a block a row sees: lanes j < stop with j >= begin or j < kept.
+// Which of at most KEY_EXTENT keys a row sees: lanes j < stop with j >= begin or j < kept.
 struct Seen {
   int32_t begin, kept, stop;
   Seen(const Sequence& s, int64_t window, int64_t query, int64_t first, int64_t n) {
     const int64_t position = query + s.offset, last = position + 1 - first;
     const int64_t low = window ? position - window + 1 - first : 0, prefix = s.prefix - first;
     stop = last < n ? (last > 0 ? last : 0) : n;
-    begin = low > 0 ? (low < KEY_BLOCK ? low : KEY_BLOCK) : 0;
-    kept = prefix > 0 ? (prefix < KEY_BLOCK ? prefix : KEY_BLOCK) : 0;
+    begin = low > 0 ? (low < KEY_EXTENT ? low : KEY_EXTENT) : 0;
+    kept = prefix > 0 ? (prefix < KEY_EXTENT ? prefix : KEY_EXTENT) : 0;
   }
-  bool all() const { return stop == KEY_BLOCK && begin <= kept; }
+  int whole() const { return begin <= kept ? stop / W : 0; }  // so many vectors hold seen keys alone
   vi of(int v) const {
     const vi j = lanes() + v * W;
     return (j < stop) & ((j >= begin) | (j < kept));
@@ -266,6 +279,8 @@ struct Scores {
   explicit Scores(const Attention& a)
       : factor(a.scale * LOG2_E), cap(a.soft_cap * LOG2_E), inside(a.soft_cap ? a.scale / a.soft_cap : 0),
         slopes(a.slopes) {}
+
+  bool is_plain() const { return !cap && !slopes && factor > 0; }  // rises with the product: so does the maximum
 
   // `distance`: of the first lane's key from the query; entries of the prefix (lanes < kept) have none.
   vf of(vf x, int64_t head, int64_t distance, int v, int32_t kept) const {

@@ -2,7 +2,8 @@
 #pragma once
 #include <cstdint>
 
-// Keys are taken in blocks of KEY_BLOCK; a softmax is merged from parts of KEY_EXTENT keys. Both lie at fixed positions.
+// A softmax is merged from those of KEY_EXTENT keys each; KEY_BLOCK of them are packed together. Both lie at fixed
+// positions.
 constexpr int KEY_BLOCK = 64, KEY_EXTENT = 512;
 
 constexpr int BACKWARD_TILE = 96;  // rows whose weights are in cache between the backward's products
@@ -52,7 +53,7 @@ constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }  // to a vect
 // Floats of scratch for a forward part of `rows` (query, head) pairs.
 inline int64_t attention_room(int64_t head_dim, int64_t rows) {
   const int64_t width = padded(head_dim);
-  return 2 * KEY_BLOCK * width + rows * (3 * width + KEY_BLOCK + 2 * 16 + 4) + 64;
+  return 2 * KEY_EXTENT * width + (rows > 16 ? rows : 16) * (3 * width + KEY_EXTENT + 4) + 128;
 }
 
 // Queries of a backward segment: as many rows, with `group` heads each, as the second cache level holds with all theirs.

@@ -102,16 +102,16 @@ struct Backward {
              int64_t visible) {
     alignas(64) float raw[ROWS][KEY_BLOCK], dp[ROWS][KEY_BLOCK];
     const int used = (visible + W - 1) / W;
-    product<U, Into::NEW>(count, raw[0], KEY_BLOCK, nullptr, q + row * stride, stride, 1, keys, KEY_BLOCK, row_units, used);
-    product<U, Into::NEW>(count, dp[0], KEY_BLOCK, nullptr, d + row * stride, stride, 1, values, KEY_BLOCK, row_units, used);
+    product<U, Into::NEW>(count, raw[0], KEY_BLOCK, q + row * stride, stride, 1, keys, KEY_BLOCK, row_units, used);
+    product<U, Into::NEW>(count, dp[0], KEY_BLOCK, d + row * stride, stride, 1, values, KEY_BLOCK, row_units, used);
     for (int64_t r = 0; r < count; ++r) {
       const int64_t query = first_query + (row + r) / group, head = a.heads[a.first_head[kv_head] + (row + r) % group];
       const Seen seen(s, a.window, query, first, n);
-      const bool all = seen.all();
+      const int whole = seen.whole();
       for (int v = 0; v < used; ++v) {
         const vf product = load(raw[r] + v * W);
         vf x = scores.of(product, head, query + s.offset - first, v, seen.kept) - lse[row + r];
-        if (!all) x = select(seen.of(v), x, splat(-INF));
+        if (v >= whole) x = select(seen.of(v), x, splat(-INF));
         const vf w = exp2(x);
         vf ds = w * (load(dp[r] + v * W) - shift[row + r]);
         if (scores.cap) ds = ds * scores.bend(product);
@@ -147,14 +147,14 @@ struct Backward {
       const int64_t count = visible - j < ROWS ? visible - j : ROWS;
       int64_t start = (first + j - s.offset - first_query) * group - row;  // first row that sees key j
       start = start > 0 ? start / PER : 0;
-      product<U, Into::SUM>(count, dv + (first + j) * width, width, nullptr, weights + start * KEY_BLOCK + j, 1,
+      product<U, Into::SUM>(count, dv + (first + j) * width, width, weights + start * KEY_BLOCK + j, 1,
                              KEY_BLOCK, d_pairs + (row / PER + start) * width, width, units - start, vecs);
-      product<U, Into::SUM>(count, dk + (first + j) * width, width, nullptr, grads + start * KEY_BLOCK + j, 1,
+      product<U, Into::SUM>(count, dk + (first + j) * width, width, grads + start * KEY_BLOCK + j, 1,
                              KEY_BLOCK, q_pairs + (row / PER + start) * width, width, units - start, vecs);
     }
     for (int64_t r = row; r < end; r += ROWS) {
       const int64_t count = end - r < ROWS ? end - r : ROWS;
-      product<U, Into::SUM>(count, dq + r * width, width, nullptr, grad_rows + (r - row) * KEY_BLOCK, KEY_BLOCK, 1,
+      product<U, Into::SUM>(count, dq + r * width, width, grad_rows + (r - row) * KEY_BLOCK, KEY_BLOCK, 1,
                              key_pairs, width, (seen_by(r + count - 1) + PER - 1) / PER, vecs);
     }
   }

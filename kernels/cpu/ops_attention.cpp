@@ -17,7 +17,8 @@
 
 namespace {
 
-constexpr int64_t PART_ROWS = 128;  // (query, head) pairs of a part: enough to pay for packing keys, few enough for L1
+// (query, head) pairs of a part of a chunk: as many share what packing keys costs as leave each thread a few parts.
+constexpr int64_t LEAST_ROWS = 24, MOST_ROWS = 192;
 
 struct Join {
   int64_t first, last;  // the results in Attention::parts that are merged for one query
@@ -57,9 +58,11 @@ Work cut(const Attention& a, int64_t num_sequences) {
   const auto seen = [&](const Sequence& s) {  // keys that its last query sees
     return std::max<int64_t>(0, std::min(s.keys, s.queries + s.offset));
   };
-  int64_t total = 0, singles = 0;
+  int64_t total = 0, singles = 0, queries = 0;
   for (int64_t b = 0; b < num_sequences; ++b)
     if (a.sequences[b].queries == 1) ++singles, total += extents(seen(a.sequences[b]));
+    else queries += a.sequences[b].queries;
+  const int64_t rows = std::clamp(queries * a.first_head[a.num_kv_heads] / (4 * threads), LEAST_ROWS, MOST_ROWS);
   const int64_t per_part = std::max<int64_t>(1, total / (4 * threads));
   Work work;
   for (int64_t b = 0; b < num_sequences; ++b) {
@@ -74,7 +77,7 @@ Work cut(const Attention& a, int64_t num_sequences) {
       more = false;
       for (int64_t k = 0; k < a.num_kv_heads; ++k) {
         const int64_t group = a.first_head[k + 1] - a.first_head[k];
-        const int64_t some = std::min(left[k], std::max<int64_t>(1, PART_ROWS / std::max<int64_t>(1, group)));
+        const int64_t some = std::min(left[k], std::max<int64_t>(1, rows / std::max<int64_t>(1, group)));
         if (some == 0) continue;
         work.parts.push_back({b, left[k] -= some, some, k, 1, 0, s.keys, -1});
         work.join.push_back(-1);
