@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import (
+    autograd_merge,
     cpu_attention,
     cpu_linear,
     cpu_loss,
@@ -83,7 +84,7 @@ def torch_cpu(rule: invariance.RowRule) -> Ops:
         loss_gradient=reference.loss_gradient,
         attention_varlen=torch_ops.attention_varlen,
         attention_prefix=torch_ops.attention_prefix,
-        merge_attention=reference.merge_attention,
+        merge_attention=autograd_merge.merge_attention,
         write_pages=torch_ops.write_pages,
         rotary_write=torch_ops.rotary_write,
         paged_layout=tiles.paged_layout,
@@ -114,6 +115,7 @@ def compiled(isa: str) -> Ops:
         rotary_write=cpu_rows.rotary_write,
         attention_varlen=cpu_attention.attention_varlen,
         attention_prefix=cpu_attention.attention_prefix,
+        merge_attention=autograd_merge.merge_attention,
         paged_layout=cpu_attention.CpuLayout.build,
         attention_paged=cpu_attention.attention_paged,
         record=Recording,
