@@ -30,6 +30,8 @@ from parallel.mesh import Mesh
 from parallel.sharding import Spec, whole
 
 BUCKET_BYTES = 16 << 20
+_SQUARED = 1 << 19
+"""Elements whose squares are summed at a time: their float64 copies stay in the cache."""
 
 Placed = tuple[Spec, nn.Parameter]
 
@@ -158,14 +160,22 @@ class Gradients:
                 continue
             assert parameter.grad is not None
             offset = [slice(o.start - i.start, o.stop - i.start) for o, i in zip(spec.owned, spec.index, strict=True)]
-            squares[position[spec.name]] += parameter.grad[tuple(offset)].double().square().sum().cpu()
+            squares[position[spec.name]] += _sum_of_squares(parameter.grad[tuple(offset)])
         comm.all_reduce(squares, self.mesh.model)
         return math.sqrt(math.fsum(squares.tolist()))
 
     def scale(self, factor: float) -> None:
         """Multiplies every gradient."""
+        if factor == 1:
+            return
         for bucket in self._buckets:
             bucket.flat.mul_(factor)
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """In float64, a few elements at a time: copies of all of them would take four times the gradient's memory."""
+    parts = x.reshape(-1).split(_SQUARED)
+    return torch.stack([part.double().square().sum() for part in parts]).sum().cpu()
 
 
 def _hook(gradients: weakref.ref[Gradients], index: int) -> Callable[[Tensor], None]:
