@@ -1,8 +1,8 @@
 """Linears of the C++ backend: packed weights, low-rank updates, and both gradients by the same kernels.
 
 A weight is multiplied in panels (`kernels/cpu/linear.cpp`). A frozen one is packed once (`pack`); a master weight in
-float32 is packed, and rounded on the way, at every call: 1 to 2% of the time of 4096 rows. The gradient of x multiplies
-the packed transpose, the gradient of the weight is summed in float32 over rising rows.
+float32 is packed, and rounded on the way, at every call, or once between two updates (`kernels.master`). The gradient
+of x multiplies the packed transpose, the gradient of the weight is summed in float32 over rising rows.
 """
 
 import itertools
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import checks, cpu_rows
+from kernels.master import Master
 from kernels.ops import LowRank, Packed, Part, Rows, Weight
 
 PANEL = 48
@@ -43,14 +44,32 @@ def _packed(w_NK: Tensor, dtype: torch.dtype) -> Packed:
     return Packed(data, (n, k), _turn)
 
 
+def pack_master(w_NK: Tensor, dtype: torch.dtype) -> Packed:
+    """A weight that trains, rounded and packed for several products: those that it keeps, or new ones."""
+    n, k = w_NK.shape
+
+    def turn(packed: Packed) -> Packed:
+        return Packed(_panels(w_NK, packed.dtype, True), (k, n), _turn)
+
+    return Packed(_panels(w_NK, dtype, False), (n, k), turn)
+
+
+def _panels(w_NK: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
+    def make() -> Tensor:
+        plain = w_NK.detach().contiguous()
+        return _packed(plain.t() if transposed else plain, dtype).data
+
+    return w_NK.packed(dtype, transposed, make) if isinstance(w_NK, Master) else make()
+
+
 def _forward(w: Weight, dtype: torch.dtype) -> Tensor:
     """The weight's panels in `dtype`."""
-    return (w.to(dtype) if isinstance(w, Packed) else _packed(w.detach().contiguous(), dtype)).data
+    return w.to(dtype).data if isinstance(w, Packed) else _panels(w, dtype, False)
 
 
 def _backward(w: Weight, dtype: torch.dtype) -> Tensor:
     """The panels of its transpose."""
-    return (w.to(dtype).transposed() if isinstance(w, Packed) else _packed(w.detach().contiguous().t(), dtype)).data
+    return w.to(dtype).transposed().data if isinstance(w, Packed) else _panels(w, dtype, True)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -127,6 +146,10 @@ def add_weight_gradient(out_NK: Tensor, grad_TN: Tensor, x_TK: Tensor) -> None:
 
 
 def _weight_gradient(w_NK: Weight, grad_TN: Tensor, x_TK: Tensor) -> Tensor:
+    if isinstance(w_NK, Master) and w_NK.adds_gradients:
+        assert w_NK.grad is not None
+        add_weight_gradient(w_NK.grad, grad_TN, x_TK)
+        return w_NK.added()
     out_NK = torch.empty(w_NK.shape, dtype=torch.float32)
     torch.ops.onemesh.weight_gradient(out_NK, _rows(grad_TN), _rows(x_TK), False)
     return out_NK.to(w_NK.dtype)
@@ -148,7 +171,8 @@ class _Linears(torch.autograd.Function):
         biases, weights = tensors[:parts], tensors[parts : 2 * parts]
         factors, inputs = tensors[2 * parts : 2 * parts + len(places)], tensors[2 * parts + len(places) :]
         matrices = (*weights, *factors)
-        ctx.packed = [m if isinstance(m, Packed) else None for m in matrices]
+        # of what recomputation hands out in a saved tensor's place, a master isn't one any more
+        ctx.kept = [m if isinstance(m, Packed | Master) else None for m in matrices]
         ctx.save_for_backward(x_TK, *inputs, *(m for m in matrices if isinstance(m, Tensor)))
         ctx.places, ctx.parts = places, parts
         ctx.set_materialize_grads(False)
@@ -160,7 +184,7 @@ class _Linears(torch.autograd.Function):
         parts, count = ctx.parts, len(ctx.places)
         x_TK, *rest = ctx.saved_tensors
         inputs, plain = rest[:count], iter(rest[count:])
-        matrices = [next(plain) if packed is None else packed for packed in ctx.packed]
+        matrices = [kept if isinstance(kept, Packed) else _either(kept, next(plain)) for kept in ctx.kept]
         weights, factors = matrices[:parts], matrices[parts:]
         wants_x, _, _, _, *wants = ctx.needs_input_grad
         dtype = x_TK.dtype
@@ -182,6 +206,10 @@ class _Linears(torch.autograd.Function):
             if wants[2 * parts + count + j]:
                 found[2 * parts + count + j] = _product(dy, _backward(factors[j], dtype), inputs[j].shape[1])
         return grad_x, None, None, None, *found
+
+
+def _either(master: Master | None, saved: Tensor) -> Tensor:
+    return saved if master is None else master
 
 
 _MOST_PRODUCTS = 4  # of one call

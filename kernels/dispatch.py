@@ -36,9 +36,15 @@ def unpacked(shape: tuple[int, int], dtype: torch.dtype, rows: Rows) -> Tensor:
     return rows(0, shape[0]).to(dtype)
 
 
+def rounded(w_NK: Tensor, dtype: torch.dtype) -> Tensor:
+    """A master's values in the compute dtype: for backends without a layout of their own."""
+    return w_NK.detach().to(dtype)
+
+
 REFERENCE = Ops(
     name="reference",
     pack=unpacked,
+    pack_master=rounded,
     linear=reference.linear,
     linears=reference.linears,
     input_gradient=reference.input_gradient,
@@ -68,6 +74,7 @@ def torch_cpu(rule: invariance.RowRule) -> Ops:
     return Ops(
         name=f"torch-cpu ({rule.linears}; {rule.attention})",
         pack=unpacked,
+        pack_master=rounded,
         linear=functools.partial(torch_ops.linear, product=rule.product, min_rows=rule.min_rows),
         linears=functools.partial(torch_ops.linears, product=rule.product, min_rows=rule.min_rows),
         input_gradient=reference.input_gradient,
@@ -98,6 +105,7 @@ def compiled(isa: str) -> Ops:
         REFERENCE,
         name=f"cpu {isa}",
         pack=cpu_linear.pack,
+        pack_master=cpu_linear.pack_master,
         linear=cpu_linear.linear,
         linears=cpu_linear.linears,
         input_gradient=cpu_linear.input_gradient,

@@ -76,6 +76,8 @@ class Ops:
     name: str
     pack: Callable[[tuple[int, int], torch.dtype, Rows], Tensor | Packed]
     """A frozen weight [N, K] in the form that `linear` and `embedding` read fastest."""
+    pack_master: Callable[[Tensor, torch.dtype], Weight]
+    """A weight that trains as several products of one pass read it fastest, in their dtype. Has no gradient."""
     linear: Callable[..., Tensor]
     linears: Callable[[Tensor, Sequence[Part]], tuple[Tensor, ...]]
     input_gradient: Callable[[Tensor, Weight], Tensor]

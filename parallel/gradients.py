@@ -1,7 +1,8 @@
 """Gradients in flat buckets: accumulated in place, summed over replicas while the backward pass still runs.
 
-Every parameter's `.grad` is a view into a bucket. A bucket is summed over its group as soon as the last of its
-gradients is final and all buckets before it were started (every rank thus starts them in the same order):
+Every parameter's `.grad` is a view into a bucket; backends may add to a master's themselves (`kernels.master`). A
+bucket is summed over its group as soon as the last of its gradients is final and all buckets before it were started
+(every rank thus starts them in the same order):
 
     reduce     group                      what it completes
     none       data + context             the sum over the rows of other ranks
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from kernels.master import Master
 from parallel import comm
 from parallel.comm import Group, Pending
 from parallel.mesh import Mesh
@@ -81,6 +83,8 @@ class Gradients:
             # the fused optimizer walks parameter and gradient in memory order
             assert parameter.is_contiguous(), f"{spec.name} is a view with gaps"
             parameter.grad = flat[at : at + parameter.numel()].view_as(parameter)
+            if isinstance(parameter, Master):
+                parameter.adds_gradients = True
             at += parameter.numel()
             if self.overlapped:
                 parameter.register_post_accumulate_grad_hook(arrived)
