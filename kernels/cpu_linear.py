@@ -173,8 +173,10 @@ class _Linears(torch.autograd.Function):
         matrices = (*weights, *factors)
         # of what recomputation hands out in a saved tensor's place, a master isn't one any more
         ctx.kept = [m if isinstance(m, Packed | Master) else None for m in matrices]
-        ctx.save_for_backward(x_TK, *inputs, *(m for m in matrices if isinstance(m, Tensor)))
-        ctx.places, ctx.parts = places, parts
+        wants_weights = any(ctx.needs_input_grad[4 + parts : 4 + 2 * parts])
+        used = x_TK if wants_weights else None
+        ctx.save_for_backward(used, *inputs, *(m for m in matrices if isinstance(m, Tensor)))
+        ctx.places, ctx.parts, ctx.dtype = places, parts, x_TK.dtype
         ctx.set_materialize_grads(False)
         return _linears(x_TK, wide, places, biases, weights, factors, inputs)
 
@@ -187,7 +189,7 @@ class _Linears(torch.autograd.Function):
         matrices = [kept if isinstance(kept, Packed) else _either(kept, next(plain)) for kept in ctx.kept]
         weights, factors = matrices[:parts], matrices[parts:]
         wants_x, _, _, _, *wants = ctx.needs_input_grad
-        dtype = x_TK.dtype
+        dtype = ctx.dtype
         dys = [None if grad is None else _rows(grad.to(dtype)) for grad in grads]
 
         grad_x = _grad_x(dys, weights, dtype) if wants_x else None

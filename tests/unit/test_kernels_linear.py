@@ -327,3 +327,16 @@ def test_softmax_of_the_loss_names_what_is_wrong():
     ):
         with pytest.raises(RuntimeError, match=message):
             raw.loss_gradient(*arguments, False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_frozen_linear_does_not_keep_its_input(dtype):
+    """It takes no part in the gradient of x; with a prefix it would be a quarter of what a layer keeps."""
+    ops = backend("compiled", dtype)
+    x, w = draw(5, 8, seed=1).to(dtype).requires_grad_(), draw(12, 8, seed=2)
+    for weight, expected in ((packed(ops, w.to(dtype)), []), (w.float().requires_grad_(), [x.data_ptr()])):
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.data_ptr()) or t, lambda t: t):
+            out = ops.linear(x, weight)
+        assert [p for p in kept if p == x.data_ptr()] == expected
+        assert torch.autograd.grad(out.float().sum(), x)[0].isfinite().all()
