@@ -23,6 +23,7 @@ class Master(nn.Parameter):
     """
     _room: Tensor | None = None
     _kept: dict[tuple[torch.dtype, bool], tuple[tuple[int, int], Tensor]] | None = None
+    _wanted: dict[tuple[torch.dtype, bool], Callable[[], Tensor]] | None = None
 
     def packed(self, dtype: torch.dtype, transposed: bool, make: Callable[[], Tensor]) -> Tensor:
         """What `make` makes of the values as they are now: the weight, or its transpose, in a backend's layout.
@@ -36,7 +37,13 @@ class Master(nn.Parameter):
         found = self._kept.get((dtype, transposed))
         if found is None or found[0] != now:
             self._kept[dtype, transposed] = found = (now, make())
+            self._wanted = {**(self._wanted or {}), (dtype, transposed): make}
         return found[1]
+
+    def pack_ahead(self) -> None:
+        """Makes what was asked for when packs were last kept."""
+        for (dtype, transposed), make in (self._wanted or {}).items():
+            self.packed(dtype, transposed, make)
 
     def take_room(self) -> Tensor:
         """Memory for a gradient of all rows, of any values: inside `packs_kept` what was given back before.
@@ -57,8 +64,11 @@ class Master(nn.Parameter):
 
 
 @contextmanager
-def packs_kept(weights: Iterable[Tensor]) -> Iterator[None]:
+def packs_kept(weights: Iterable[Tensor], *, ahead: bool = False) -> Iterator[None]:
     """While it lasts, the masters among `weights` keep their packs: for the passes between two updates.
+
+    ahead: all that were kept the last time are made at once. They then lie together; made one by one between the
+    tensors of a forward pass they would leave holes in the heap.
 
     A pack and one of the transpose have the weight's number of elements each, in the compute dtype. They are freed at
     the end, before anything changes the weights: a change through `.data` is one that torch doesn't count. So is the
@@ -68,6 +78,9 @@ def packs_kept(weights: Iterable[Tensor]) -> Iterator[None]:
     for master in masters:
         master._kept = {}
     try:
+        if ahead:
+            for master in masters:
+                master.pack_ahead()
         yield
     finally:
         for master in masters:

@@ -120,7 +120,7 @@ class Trainer:
             dropout = DropoutKey(self.config.train.seed, number, batch.row_T, batch.positions_T)
             return model.loss(batch, hidden, step_prefix, dropout)
 
-        with self._packs(len(batches)):
+        with self._packs(len(batches), ahead=True):
             losses = run.run(
                 schedule.actions[pipeline.rank],
                 pipeline,
@@ -134,14 +134,14 @@ class Trainer:
         self.gradients.finish()
         return self._total(losses)
 
-    def _packs(self, passes: int) -> AbstractContextManager[None]:
+    def _packs(self, passes: int, *, ahead: bool) -> AbstractContextManager[None]:
         """Keeps the weights' packs where they spare more than every second packing: they take room."""
-        return packs_kept(parameter for _, parameter in self.placed) if passes > 2 else nullcontext()
+        return packs_kept([parameter for _, parameter in self.placed], ahead=ahead) if passes > 2 else nullcontext()
 
     def _forward(self, batches: Sequence[Microbatch]) -> float:
         model = self.model
         step_prefix = None if model.prefix is None else StepPrefix.begin(model.prefix)
-        with self._packs(len(batches)):
+        with self._packs(len(batches), ahead=False):
             losses = run.forward_only(
                 self.mesh.pipeline,
                 lambda m, hidden: model.loss(batches[m], hidden, step_prefix, None),

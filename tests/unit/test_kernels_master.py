@@ -91,6 +91,20 @@ def test_packs_are_made_once_while_they_are_kept_and_freed_then(dtype, monkeypat
     assert len(made) == 6  # of the linear, and of what is held for several products, in both directions
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packs_made_ahead_are_those_of_the_weights_as_they_are_then(dtype, monkeypatch):
+    ops, w = backend("compiled", dtype), Master(draw(50, 40, seed=2))
+    with packs_kept([w], ahead=True):
+        products(ops, w, dtype)
+    update(w)
+    with packs_kept([w], ahead=True):
+        monkeypatch.setattr(cpu_linear, "_packed", lambda *_: pytest.fail("it was packed already"))
+        found = products(ops, w, dtype)
+    monkeypatch.undo()
+    for a, b in zip(found, products(ops, w.detach().clone().requires_grad_(), dtype), strict=True):
+        assert torch.equal(a, b)
+
+
 def gradients(ops: Ops, w: Tensor, v: Tensor, dtype: torch.dtype, *, recompute: bool) -> Tensor:
     """Of two passes over w, each as an embedding, as part of two linears and with a plain use; w's gradient."""
 
