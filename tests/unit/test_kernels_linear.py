@@ -163,6 +163,18 @@ def test_weight_gradients_go_on_from_what_is_there(dtype, rows, thread_counts):
     assert torch.equal(once, twice)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_of_a_wide_weight_is_that_of_its_parts(dtype):
+    """It is computed some rows at a time (2016 of bfloat16, 1008 of float32), of some tokens at a time (2048)."""
+    ops = backend("compiled", dtype)
+    grad, x = draw(2101, 4100, seed=1).to(dtype), draw(2101, 5, seed=2).to(dtype)
+    found, parts = draw(4100, 5, seed=3).float(), draw(4100, 5, seed=3).float()
+    ops.add_weight_gradient(found, grad, x)
+    for first in range(0, 4100, 500):
+        ops.add_weight_gradient(parts[first : first + 500], grad[:, first : first + 500], x)
+    assert torch.equal(found, parts)
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("widths", [(50,), (48, 7, 96), (5, 9, 3, 1, 20)])
