@@ -72,11 +72,6 @@ def _backward(w: Weight, dtype: torch.dtype) -> Tensor:
     return w.to(dtype).transposed().data if isinstance(w, Packed) else _panels(w, dtype, True)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x with contiguous rows, any distance apart."""
-    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
-
-
 def linear(
     x_TK: Tensor,
     w_NK: Weight,
@@ -96,7 +91,7 @@ def linears(x_TK: Tensor, parts: Sequence[Part], *, wide: bool = False) -> tuple
     """`reference.linears` in one call: the results are columns of one tensor."""
     for part in parts:
         checks.check_linear(x_TK, part.w_NK, part.bias_N, part.updates)
-    x_TK = _rows(x_TK)
+    x_TK = checks.contiguous_rows(x_TK)
     places: list[tuple[int, int, int]] = []
     factors: list[Weight] = []
     inputs: list[Tensor] = []
@@ -132,7 +127,7 @@ def _linears(
 
 
 def _product(x_TK: Tensor, panels: Tensor, out_width: int, *, wide: bool = False) -> Tensor:
-    return torch.ops.onemesh.sum_of_products([_rows(x_TK)], [panels], out_width, wide)
+    return torch.ops.onemesh.sum_of_products([checks.contiguous_rows(x_TK)], [panels], out_width, wide)
 
 
 def input_gradient(grad_TN: Tensor, w_NK: Weight) -> Tensor:
@@ -142,7 +137,7 @@ def input_gradient(grad_TN: Tensor, w_NK: Weight) -> Tensor:
 
 def add_weight_gradient(out_NK: Tensor, grad_TN: Tensor, x_TK: Tensor) -> None:
     """`reference.add_weight_gradient`, out in float32: chains with rising t that go on from what stands in out."""
-    torch.ops.onemesh.weight_gradient(out_NK, _rows(grad_TN), _rows(x_TK), True)
+    torch.ops.onemesh.weight_gradient(out_NK, checks.contiguous_rows(grad_TN), checks.contiguous_rows(x_TK), True)
 
 
 def _weight_gradient(w_NK: Weight, grad_TN: Tensor, x_TK: Tensor) -> Tensor:
@@ -151,7 +146,7 @@ def _weight_gradient(w_NK: Weight, grad_TN: Tensor, x_TK: Tensor) -> Tensor:
         add_weight_gradient(w_NK.grad, grad_TN, x_TK)
         return w_NK.added()
     out_NK = torch.empty(w_NK.shape, dtype=torch.float32)
-    torch.ops.onemesh.weight_gradient(out_NK, _rows(grad_TN), _rows(x_TK), False)
+    torch.ops.onemesh.weight_gradient(out_NK, checks.contiguous_rows(grad_TN), checks.contiguous_rows(x_TK), False)
     return out_NK.to(w_NK.dtype)
 
 
@@ -190,7 +185,7 @@ class _Linears(torch.autograd.Function):
         weights, factors = matrices[:parts], matrices[parts:]
         wants_x, _, _, _, *wants = ctx.needs_input_grad
         dtype = ctx.dtype
-        dys = [None if grad is None else _rows(grad.to(dtype)) for grad in grads]
+        dys = [None if grad is None else checks.contiguous_rows(grad.to(dtype)) for grad in grads]
 
         grad_x = _grad_x(dys, weights, dtype) if wants_x else None
         found: list[Tensor | None] = [None] * len(wants)
