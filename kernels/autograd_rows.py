@@ -187,7 +187,7 @@ class Gated(torch.autograd.Function):
 
 
 class Embedding(torch.autograd.Function):
-    """`gather(ids, w)`, an op of `reference.embedding`; `backward(grad, ids, num_rows)` is the gradient of w."""
+    """`gather(ids, w)`, an op of `reference.embedding`; `backward(grad, ids, w)` is the gradient of w."""
 
     @staticmethod
     def forward(
@@ -195,14 +195,14 @@ class Embedding(torch.autograd.Function):
         ids_T: Tensor,
         w_VD: Tensor,
         gather: Callable[[Tensor, Tensor], Tensor],
-        backward: Callable[[Tensor, Tensor, int], Tensor],
+        backward: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> Tensor:
         """[T, D] in w.dtype."""
         ctx.save_for_backward(ids_T)
-        ctx.num_rows, ctx.backward_op = w_VD.shape[0], backward
+        ctx.weight, ctx.backward_op = w_VD, backward  # of the weight, its values aren't used
         return gather(ids_T, w_VD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of w: rows of `grad` summed by id."""
-        return None, ctx.backward_op(grads[0], *ctx.saved_tensors, ctx.num_rows), None, None
+        return None, ctx.backward_op(grads[0], *ctx.saved_tensors, ctx.weight), None, None

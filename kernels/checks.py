@@ -53,6 +53,11 @@ def check_options(num_heads: int, window: int | None, soft_cap: float | None, al
         raise ValueError(f"alibi_slopes has {len(alibi_slopes)} entries for the {num_heads} heads of q")
 
 
+def contiguous_rows(x: Tensor) -> Tensor:
+    """x [T, K] with contiguous rows, any distance apart: itself where it is so, else a copy."""
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
 def check_linear(x_TK: Tensor, w_NK: Weight, bias_N: Tensor | None, updates: Sequence[LowRank]) -> None:
     """ValueError unless the shapes fit, bias has the dtype of x, and updates rise without overlap."""
     if x_TK.dim() != 2 or len(w_NK.shape) != 2 or x_TK.shape[1] != w_NK.shape[1]:

@@ -1,8 +1,8 @@
 """Linears of the C++ backend: packed weights, low-rank updates, and both gradients by the same kernels.
 
 A weight is multiplied in panels (`kernels/cpu/linear.cpp`). A frozen one is packed once (`pack`); a master weight in
-float32 is packed, and rounded on the way, at every call: 1 to 2% of the time of 4096 rows. The gradient of x multiplies
-the packed transpose, the gradient of the weight is summed in float32 over rising rows.
+float32 is packed, and rounded on the way, at every call, or once between two updates (`kernels.master`). The gradient
+of x multiplies the packed transpose, the gradient of the weight is summed in float32 over rising rows.
 """
 
 import itertools
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import checks, cpu_rows
+from kernels.master import Master
 from kernels.memory import Area
 from kernels.ops import LowRank, Packed, Part, Rows, Weight
 
@@ -49,19 +50,32 @@ def _packed(w_NK: Tensor, dtype: torch.dtype) -> Packed:
     return Packed(data, (n, k), _turn)
 
 
+def pack_master(w_NK: Tensor, dtype: torch.dtype) -> Packed:
+    """A weight that trains, rounded and packed for several products: those that it keeps, or new ones."""
+    n, k = w_NK.shape
+
+    def turn(packed: Packed) -> Packed:
+        return Packed(_panels(w_NK, packed.dtype, True), (k, n), _turn)
+
+    return Packed(_panels(w_NK, dtype, False), (n, k), turn)
+
+
+def _panels(w_NK: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
+    def make() -> Tensor:
+        plain = w_NK.detach().contiguous()
+        return _packed(plain.t() if transposed else plain, dtype).data
+
+    return w_NK.packed(dtype, transposed, make) if isinstance(w_NK, Master) else make()
+
+
 def _forward(w: Weight, dtype: torch.dtype) -> Tensor:
     """The weight's panels in `dtype`."""
-    return (w.to(dtype) if isinstance(w, Packed) else _packed(w.detach().contiguous(), dtype)).data
+    return w.to(dtype).data if isinstance(w, Packed) else _panels(w, dtype, False)
 
 
 def _backward(w: Weight, dtype: torch.dtype) -> Tensor:
     """The panels of its transpose."""
-    return (w.to(dtype).transposed() if isinstance(w, Packed) else _packed(w.detach().contiguous().t(), dtype)).data
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with contiguous rows, any distance apart."""
-    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+    return w.to(dtype).transposed().data if isinstance(w, Packed) else _panels(w, dtype, True)
 
 
 def linear(
@@ -83,7 +97,7 @@ def linears(x_TK: Tensor, parts: Sequence[Part], *, wide: bool = False) -> tuple
     """`reference.linears` in one call: the results are columns of one tensor."""
     for part in parts:
         checks.check_linear(x_TK, part.w_NK, part.bias_N, part.updates)
-    x_TK = _rows(x_TK)
+    x_TK = checks.contiguous_rows(x_TK)
     places: list[tuple[int, int, int]] = []
     factors: list[Weight] = []
     inputs: list[Tensor] = []
@@ -119,7 +133,7 @@ def _linears(
 
 
 def _product(x_TK: Tensor, panels: Tensor, out_width: int, *, wide: bool = False) -> Tensor:
-    return torch.ops.onemesh.sum_of_products([_rows(x_TK)], [panels], out_width, wide)
+    return torch.ops.onemesh.sum_of_products([checks.contiguous_rows(x_TK)], [panels], out_width, wide)
 
 
 def input_gradient(grad_TN: Tensor, w_NK: Weight) -> Tensor:
@@ -129,12 +143,16 @@ def input_gradient(grad_TN: Tensor, w_NK: Weight) -> Tensor:
 
 def add_weight_gradient(out_NK: Tensor, grad_TN: Tensor, x_TK: Tensor) -> None:
     """`reference.add_weight_gradient`, out in float32: chains with rising t that go on from what stands in out."""
-    torch.ops.onemesh.weight_gradient(out_NK, _rows(grad_TN), _rows(x_TK), True)
+    torch.ops.onemesh.weight_gradient(out_NK, checks.contiguous_rows(grad_TN), checks.contiguous_rows(x_TK), True)
 
 
 def _weight_gradient(w_NK: Weight, grad_TN: Tensor, x_TK: Tensor) -> Tensor:
+    if isinstance(w_NK, Master) and w_NK.adds_gradients:
+        assert w_NK.grad is not None
+        add_weight_gradient(w_NK.grad, grad_TN, x_TK)
+        return w_NK.added()
     out_NK = torch.empty(w_NK.shape, dtype=torch.float32)
-    torch.ops.onemesh.weight_gradient(out_NK, _rows(grad_TN), _rows(x_TK), False)
+    torch.ops.onemesh.weight_gradient(out_NK, checks.contiguous_rows(grad_TN), checks.contiguous_rows(x_TK), False)
     return out_NK.to(w_NK.dtype)
 
 
@@ -154,9 +172,12 @@ class _Linears(torch.autograd.Function):
         biases, weights = tensors[:parts], tensors[parts : 2 * parts]
         factors, inputs = tensors[2 * parts : 2 * parts + len(places)], tensors[2 * parts + len(places) :]
         matrices = (*weights, *factors)
-        ctx.packed = [m if isinstance(m, Packed) else None for m in matrices]
-        ctx.save_for_backward(x_TK, *inputs, *(m for m in matrices if isinstance(m, Tensor)))
-        ctx.places, ctx.parts = places, parts
+        # of what recomputation hands out in a saved tensor's place, a master isn't one any more
+        ctx.kept = [m if isinstance(m, Packed | Master) else None for m in matrices]
+        wants_weights = any(ctx.needs_input_grad[4 + parts : 4 + 2 * parts])
+        used = x_TK if wants_weights else None
+        ctx.save_for_backward(used, *inputs, *(m for m in matrices if isinstance(m, Tensor)))
+        ctx.places, ctx.parts, ctx.dtype = places, parts, x_TK.dtype
         ctx.set_materialize_grads(False)
         return _linears(x_TK, wide, places, biases, weights, factors, inputs)
 
@@ -166,11 +187,11 @@ class _Linears(torch.autograd.Function):
         parts, count = ctx.parts, len(ctx.places)
         x_TK, *rest = ctx.saved_tensors
         inputs, plain = rest[:count], iter(rest[count:])
-        matrices = [next(plain) if packed is None else packed for packed in ctx.packed]
+        matrices = [kept if isinstance(kept, Packed) else _either(kept, next(plain)) for kept in ctx.kept]
         weights, factors = matrices[:parts], matrices[parts:]
         wants_x, _, _, _, *wants = ctx.needs_input_grad
-        dtype = x_TK.dtype
-        dys = [None if grad is None else _rows(grad.to(dtype)) for grad in grads]
+        dtype = ctx.dtype
+        dys = [None if grad is None else checks.contiguous_rows(grad.to(dtype)) for grad in grads]
 
         grad_x = _grad_x(dys, weights, dtype) if wants_x else None
         found: list[Tensor | None] = [None] * len(wants)
@@ -188,6 +209,10 @@ class _Linears(torch.autograd.Function):
             if wants[2 * parts + count + j]:
                 found[2 * parts + count + j] = _product(dy, _backward(factors[j], dtype), inputs[j].shape[1])
         return grad_x, None, None, None, *found
+
+
+def _either(master: Master | None, saved: Tensor) -> Tensor:
+    return saved if master is None else master
 
 
 _MOST_PRODUCTS = 4  # of one call

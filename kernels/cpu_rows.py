@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import autograd_rows
+from kernels.master import Master
 
 
 def rms_norm(x_TD: Tensor, w_D: Tensor, eps: float) -> Tensor:
@@ -96,4 +97,14 @@ def embedding(ids_T: Tensor, w_VD: Tensor) -> Tensor:
     ops, ids_T = torch.ops.onemesh, ids_T.to(torch.int64)
     if not torch.is_grad_enabled():
         return ops.embedding(ids_T, w_VD)
-    return autograd_rows.Embedding.apply(ids_T, w_VD, ops.embedding, ops.embedding_backward)
+    return autograd_rows.Embedding.apply(ids_T, w_VD, ops.embedding, _embedding_backward)
+
+
+def _embedding_backward(grad_TD: Tensor, ids_T: Tensor, w_VD: Tensor | Master) -> Tensor:
+    backward = torch.ops.onemesh.embedding_backward
+    if not (isinstance(w_VD, Master) and w_VD.adds_gradients):
+        return backward(grad_TD, ids_T, w_VD.shape[0])
+    assert w_VD.grad is not None
+    used, places = ids_T.unique(return_inverse=True)
+    w_VD.grad.index_add_(0, used, backward(grad_TD, places, len(used)))
+    return w_VD.added()

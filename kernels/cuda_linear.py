@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import reference
+from kernels import checks
 from kernels.cuda_layout import low_rank_items
 from kernels.ops import LowRank, Packed, Part, Weight
 
@@ -26,8 +26,8 @@ def linear(
     wide: bool = False,
 ) -> Tensor:
     """`reference.linear`, row-invariant; with `wide` the sums in float32 are never rounded. Differentiable."""
-    reference.check_linear(x_TK, w_NK, bias_N, updates)
-    x_TK, weight = _rows(x_TK), _plain(w_NK)
+    checks.check_linear(x_TK, w_NK, bias_N, updates)
+    x_TK, weight = checks.contiguous_rows(x_TK), _plain(w_NK)
     if torch.is_grad_enabled():
         out_TN = _Linear.apply(x_TK, weight, bias_N, wide)
     else:
@@ -62,11 +62,6 @@ def _plain(w_NK: Weight) -> Tensor:
     if isinstance(w_NK, Packed):
         raise ValueError("linear: the weight is packed for another backend")
     return w_NK
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with contiguous rows, any distance apart."""
-    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
 def _linear(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None, wide: bool) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import (
+    autograd_merge,
     cpu_attention,
     cpu_linear,
     cpu_loss,
@@ -36,9 +37,15 @@ def unpacked(shape: tuple[int, int], dtype: torch.dtype, rows: Rows, area: Area 
     return rows(0, shape[0]).to(dtype)
 
 
+def rounded(w_NK: Tensor, dtype: torch.dtype) -> Tensor:
+    """A master's values in the compute dtype: for backends without a layout of their own."""
+    return w_NK.detach().to(dtype)
+
+
 REFERENCE = Ops(
     name="reference",
     pack=unpacked,
+    pack_master=rounded,
     linear=reference.linear,
     linears=reference.linears,
     input_gradient=reference.input_gradient,
@@ -68,6 +75,7 @@ def torch_cpu(rule: invariance.RowRule) -> Ops:
     return Ops(
         name=f"torch-cpu ({rule.linears}; {rule.attention})",
         pack=unpacked,
+        pack_master=rounded,
         linear=functools.partial(torch_ops.linear, product=rule.product, min_rows=rule.min_rows),
         linears=functools.partial(torch_ops.linears, product=rule.product, min_rows=rule.min_rows),
         input_gradient=reference.input_gradient,
@@ -84,7 +92,7 @@ def torch_cpu(rule: invariance.RowRule) -> Ops:
         loss_gradient=reference.loss_gradient,
         attention_varlen=torch_ops.attention_varlen,
         attention_prefix=torch_ops.attention_prefix,
-        merge_attention=reference.merge_attention,
+        merge_attention=autograd_merge.merge_attention,
         write_pages=torch_ops.write_pages,
         rotary_write=torch_ops.rotary_write,
         paged_layout=tiles.paged_layout,
@@ -98,6 +106,7 @@ def compiled(isa: str) -> Ops:
         REFERENCE,
         name=f"cpu {isa}",
         pack=cpu_linear.pack,
+        pack_master=cpu_linear.pack_master,
         linear=cpu_linear.linear,
         linears=cpu_linear.linears,
         input_gradient=cpu_linear.input_gradient,
@@ -115,6 +124,7 @@ def compiled(isa: str) -> Ops:
         rotary_write=cpu_rows.rotary_write,
         attention_varlen=cpu_attention.attention_varlen,
         attention_prefix=cpu_attention.attention_prefix,
+        merge_attention=autograd_merge.merge_attention,
         paged_layout=cpu_attention.CpuLayout.build,
         attention_paged=cpu_attention.attention_paged,
         record=Recording,

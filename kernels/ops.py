@@ -77,6 +77,8 @@ class Ops:
     pack: Callable[..., Tensor | Packed]
     """(shape, dtype, rows, area=None): a frozen weight [N, K] in the form that `linear` and `embedding` read fastest,
     in the memory of `area` if it is laid out anew; an area keeps its blocks until the last weight in them is gone."""
+    pack_master: Callable[[Tensor, torch.dtype], Weight]
+    """A weight that trains as several products of one pass read it fastest, in their dtype. Has no gradient."""
     linear: Callable[..., Tensor]
     linears: Callable[[Tensor, Sequence[Part]], tuple[Tensor, ...]]
     input_gradient: Callable[[Tensor, Weight], Tensor]

@@ -167,7 +167,7 @@ def loss_gradient(logits_BV: Tensor, lse_B: Tensor, target_B: Tensor, dtype: tor
     """Gradient of `lse - logits[target]` by the logits -> [B, V], computed in their dtype and rounded to `dtype`.
 
     lse: of the whole vocabulary, of which these may be some columns. target: int64 columns, -1 where it isn't among
-    them. Not differentiable.
+    them. Not differentiable. The logits are of no use afterwards: a backend may lay the gradient in their memory.
     """
     grad = (logits_BV - lse_B[:, None]).exp_()
     hit = (target_B >= 0).nonzero()[:, 0]

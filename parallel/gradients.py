@@ -1,7 +1,8 @@
 """Gradients in flat buckets: accumulated in place, summed over replicas while the backward pass still runs.
 
-Every parameter's `.grad` is a view into a bucket. A bucket is summed over its group as soon as the last of its
-gradients is final and all buckets before it were started (every rank thus starts them in the same order):
+Every parameter's `.grad` is a view into a bucket; backends may add to a master's themselves (`kernels.master`). A
+bucket is summed over its group as soon as the last of its gradients is final and all buckets before it were started
+(every rank thus starts them in the same order):
 
     reduce     group                      what it completes
     none       data + context             the sum over the rows of other ranks
@@ -24,12 +25,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from kernels.master import Master
 from parallel import comm
 from parallel.comm import Group, Pending
 from parallel.mesh import Mesh
 from parallel.sharding import Spec, whole
 
 BUCKET_BYTES = 16 << 20
+_SQUARED = 1 << 19
+"""Elements whose squares are summed at a time: their float64 copies stay in the cache."""
 
 Placed = tuple[Spec, nn.Parameter]
 
@@ -79,6 +83,8 @@ class Gradients:
             # the fused optimizer walks parameter and gradient in memory order
             assert parameter.is_contiguous(), f"{spec.name} is a view with gaps"
             parameter.grad = flat[at : at + parameter.numel()].view_as(parameter)
+            if isinstance(parameter, Master):
+                parameter.adds_gradients = True
             at += parameter.numel()
             if self.overlapped:
                 parameter.register_post_accumulate_grad_hook(arrived)
@@ -158,14 +164,22 @@ class Gradients:
                 continue
             assert parameter.grad is not None
             offset = [slice(o.start - i.start, o.stop - i.start) for o, i in zip(spec.owned, spec.index, strict=True)]
-            squares[position[spec.name]] += parameter.grad[tuple(offset)].double().square().sum().cpu()
+            squares[position[spec.name]] += _sum_of_squares(parameter.grad[tuple(offset)])
         comm.all_reduce(squares, self.mesh.model)
         return math.sqrt(math.fsum(squares.tolist()))
 
     def scale(self, factor: float) -> None:
         """Multiplies every gradient."""
+        if factor == 1:
+            return
         for bucket in self._buckets:
             bucket.flat.mul_(factor)
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """In float64, a few elements at a time: copies of all of them would take four times the gradient's memory."""
+    parts = x.reshape(-1).split(_SQUARED)
+    return torch.stack([part.double().square().sum() for part in parts]).sum().cpu()
 
 
 def _hook(gradients: weakref.ref[Gradients], index: int) -> Callable[[Tensor], None]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import Ops
+from kernels.master import Master
 from kernels.ops import Weight
 from parallel import comm
 from parallel.comm import Group
@@ -52,12 +53,11 @@ class _CrossEntropy(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         weight = weight_VD
         if isinstance(weight, Tensor):  # packed once for all chunks
-            master = weight.detach()
-            weight = ops.pack((master.shape[0], master.shape[1]), dtype, lambda first, last: master[first:last])
+            weight = ops.pack_master(weight, dtype)
         grad_hidden = torch.empty(hidden_BD.shape, dtype=work, device=hidden_BD.device) if wants_hidden else None
         grad_weight = None
-        if wants_weight:
-            grad_weight = torch.zeros(weight.shape, dtype=work, device=hidden_BD.device)
+        if wants_weight and trained_VD is not None:
+            grad_weight = _room(trained_VD, work).zero_()
         total = torch.zeros((), dtype=work, device=hidden_BD.device)
         for start in range(0, len(target_B), ROWS):
             rows = slice(start, start + ROWS)
@@ -75,18 +75,33 @@ class _CrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 ops.add_weight_gradient(grad_weight, grad, hidden_BD[rows])
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.tensor, ctx.dtypes = tensor, (dtype, None if trained_VD is None else trained_VD.dtype)
+        ctx.tensor, ctx.dtype, ctx.trained = tensor, dtype, trained_VD
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        dtype, weight_dtype = ctx.dtypes
         if grad_hidden is not None:
-            grad_hidden = comm.all_reduce((grad_hidden * grads[0]).to(dtype), ctx.tensor)
+            grad_hidden = comm.all_reduce((grad_hidden * grads[0]).to(ctx.dtype), ctx.tensor)
         if grad_weight is not None:
-            grad_weight = (grad_weight * grads[0]).to(weight_dtype)
+            grad_weight = _scaled(grad_weight, grads[0], ctx.trained)
         return grad_hidden, grad_weight, None, None, None, None, None
+
+
+def _room(trained_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(trained_VD, Master) and trained_VD.dtype == dtype:
+        return trained_VD.take_room()
+    return torch.empty(trained_VD.shape, dtype=dtype, device=trained_VD.device)
+
+
+def _scaled(grad_VD: Tensor, scale: Tensor, trained_VD: Tensor) -> Tensor:
+    """The gradient of the head, without another tensor of its size."""
+    if isinstance(trained_VD, Master) and trained_VD.adds_gradients:
+        assert trained_VD.grad is not None
+        trained_VD.grad.addcmul_(grad_VD, scale)
+        trained_VD.give_back(grad_VD)
+        return trained_VD.added()
+    return grad_VD.mul_(scale).to(trained_VD.dtype)
 
 
 def _over_ranks(lse_B: Tensor, picked_B: Tensor, tensor: Group) -> tuple[Tensor, Tensor]:

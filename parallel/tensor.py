@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import Architecture
+from kernels.master import Master
 from kernels.memory import Area
 from kernels.ops import LowRank, Ops, Packed, Part, Weight
 from parallel import regions
@@ -52,7 +53,8 @@ class Build:
     def matrix(self, name: str, *shape: int) -> tuple[Spec, nn.Parameter | Packed]:
         """As `parameter`, for the weight of a linear or an embedding, which may be packed."""
         if not self.packed:
-            return self.parameter(name, *shape)
+            spec, parameter = self.parameter(name, *shape)
+            return spec, Master(parameter.detach()) if self.trainable else parameter
         spec = place(name, shape, self.architecture, self.here)
         start, columns = spec.index[0].start, spec.index[1]
 

@@ -38,7 +38,14 @@ def adamw(optim: OptimConf, placed: Sequence[tuple[Spec, nn.Parameter]]) -> torc
         for members, decay in ((matrices, optim.weight_decay), (vectors, 0.0))
         if members
     ]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+    optimizer.register_step_post_hook(_count_change)
+    return optimizer
+
+
+def _count_change(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Tells whoever keeps something made of the weights: torch's fused update doesn't raise their versions."""
+    torch.autograd.graph.increment_version([p for group in optimizer.param_groups for p in group["params"]])
 
 
 def _decays(spec: Spec) -> bool:

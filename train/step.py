@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from conf.schema import Config
+from kernels.master import packs_kept
 from parallel import comm
 from parallel.adapters.prefix import StepPrefix
 from parallel.gradients import Gradients
@@ -118,27 +120,33 @@ class Trainer:
             dropout = DropoutKey(self.config.train.seed, number, batch.row_T, batch.positions_T)
             return model.loss(batch, hidden, step_prefix, dropout)
 
-        losses = run.run(
-            schedule.actions[pipeline.rank],
-            pipeline,
-            forward,
-            border=model.border(batches),
-            scale=scale,
-            before_last_backward=self.gradients.last_microbatch,
-        )
+        with self._packs(len(batches), ahead=True):
+            losses = run.run(
+                schedule.actions[pipeline.rank],
+                pipeline,
+                forward,
+                border=model.border(batches),
+                scale=scale,
+                before_last_backward=self.gradients.last_microbatch,
+            )
         if step_prefix is not None:
             step_prefix.end()
         self.gradients.finish()
         return self._total(losses)
 
+    def _packs(self, passes: int, *, ahead: bool) -> AbstractContextManager[None]:
+        """Keeps the weights' packs where they spare more than every second packing: they take room."""
+        return packs_kept([parameter for _, parameter in self.placed], ahead=ahead) if passes > 2 else nullcontext()
+
     def _forward(self, batches: Sequence[Microbatch]) -> float:
         model = self.model
         step_prefix = None if model.prefix is None else StepPrefix.begin(model.prefix)
-        losses = run.forward_only(
-            self.mesh.pipeline,
-            lambda m, hidden: model.loss(batches[m], hidden, step_prefix, None),
-            border=model.border(batches),
-        )
+        with self._packs(len(batches), ahead=False):
+            losses = run.forward_only(
+                self.mesh.pipeline,
+                lambda m, hidden: model.loss(batches[m], hidden, step_prefix, None),
+                border=model.border(batches),
+            )
         return self._total(losses)
 
     def _total(self, losses: Sequence[Tensor]) -> float:

@@ -26,20 +26,19 @@ void log_sum_exp(float* out, const float* x, int64_t width, int64_t first, int64
   }
 }
 
-// exp(x - lse), less 1 at the row's target if it has one.
+// exp(x - lse), less 1 at the row's target if it has one. out may begin where x does: a row's results are no wider than
+// what they are made of, and come behind it.
 template <class T>
 void loss_gradient(T* out, const float* x, const float* lse, const int64_t* target, int64_t width, int64_t first,
                    int64_t last) {
   for (int64_t row = first; row < last; ++row) {
     const float* in = x + row * width;
     T* to = out + row * width;
+    const float hit = target[row] >= 0 ? in[target[row]] : 0;
     int64_t i = 0;
     for (; i + W <= width; i += W) store(to + i, exp(load(in + i) - lse[row]));
     if (i < width) store_some(to + i, exp(load_some(in + i, width - i) - lse[row]), width - i);
-    if (target[row] >= 0) {
-      const vf hit = exp(splat(in[target[row]] - lse[row])) - 1.0f;
-      store_some(to + target[row], hit, 1);
-    }
+    if (target[row] >= 0) store_some(to + target[row], exp(splat(hit - lse[row])) - 1.0f, 1);
   }
 }
 

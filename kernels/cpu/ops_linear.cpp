@@ -174,7 +174,8 @@ Tensor sum_of_products(const std::vector<Tensor> x, const std::vector<Tensor> pa
   return out;
 }
 
-constexpr int64_t TOKENS = 2048;  // re-laid at a time: the room for it stays small
+constexpr int64_t TOKENS = 2048;           // re-laid at a time: the room for it stays small
+constexpr int64_t TURNED_BYTES = 8 << 20;  // of the gradient of so many tokens: a vocabulary is wide
 
 // out [N, K] = grad [T, N]^T x [T, K], by chains with rising t; with `accumulate` they go on from what stands in out.
 void weight_gradient(Tensor out, const Tensor grad, const Tensor x, bool accumulate) {
@@ -189,26 +190,31 @@ void weight_gradient(Tensor out, const Tensor grad, const Tensor x, bool accumul
   if (rows == 0 && !accumulate) torch::stable::zero_(out);
   const bool bf16 = is_bf16(x);
   const int64_t per_unit = bf16 ? 2 : 1, step = std::min(rows, TOKENS), units = (step + per_unit - 1) / per_unit;
+  const int64_t width = std::min(n, std::max<int64_t>(TURNED_BYTES / (4 * units + 1) / PANEL, 1) * PANEL);
   const Tensor packed = torch::stable::new_empty(x, {panels_of(k), units, PANEL, per_unit});
-  const Tensor turned = torch::stable::new_empty(x, {n, units * per_unit});
+  const Tensor turned = torch::stable::new_empty(x, {width, units * per_unit});
   const int64_t size = bf16 ? 2 : 4;
   const Kernels& kernel = kernels();
   for (int64_t t = 0; t < rows; t += step) {
     const int64_t some = std::min(step, rows - t), turned_stride = (some + per_unit - 1) / per_unit * per_unit;
     const PackArgs pack{packed.mutable_data_ptr(), static_cast<const char*>(x.const_data_ptr()) + t * x.stride(0) * size,
                         1, x.stride(0), k, some, bf16, bf16};
-    const TransposeArgs turn{turned.mutable_data_ptr(),
-                             static_cast<const char*>(grad.const_data_ptr()) + t * grad.stride(0) * size, grad.stride(0),
-                             some};
     torch::stable::parallel_for(0, panels_of(k), 1, [&](int64_t a, int64_t b) { kernel.pack(pack, a, b); });
-    torch::stable::parallel_for(0, panels_of(n), 1, [&](int64_t a, int64_t b) {
-      kernel.transpose_rows(turn, a * PANEL, std::min(b * PANEL, n), bf16);
-    });
-    LinearArgs args{};
-    args.out = out.mutable_data_ptr(), args.rows = n, args.out_stride = args.out_width = k;
-    args.products[0] = {turned.const_data_ptr(), turned_stride, turned_stride, packed.const_data_ptr()};
-    args.num_products = 1, args.float_out = true, args.accumulate = accumulate || t > 0;
-    run(std::make_unique<LinearCall>(std::vector{args}, 1, bf16));
+    for (int64_t first = 0; first < n; first += width) {
+      const int64_t here = std::min(width, n - first);
+      const TransposeArgs turn{
+          turned.mutable_data_ptr(),
+          static_cast<const char*>(grad.const_data_ptr()) + (t * grad.stride(0) + first) * size, grad.stride(0), some};
+      torch::stable::parallel_for(0, panels_of(here), 1, [&](int64_t a, int64_t b) {
+        kernel.transpose_rows(turn, a * PANEL, std::min(b * PANEL, here), bf16);
+      });
+      LinearArgs args{};
+      args.out = static_cast<float*>(out.mutable_data_ptr()) + first * k;
+      args.rows = here, args.out_stride = args.out_width = k;
+      args.products[0] = {turned.const_data_ptr(), turned_stride, turned_stride, packed.const_data_ptr()};
+      args.num_products = 1, args.float_out = true, args.accumulate = accumulate || t > 0;
+      run(std::make_unique<LinearCall>(std::vector{args}, 1, bf16));
+    }
   }
 }
 

@@ -18,7 +18,8 @@ Tensor log_sum_exp(const Tensor logits) {
   return out;
 }
 
-Tensor loss_gradient(const Tensor logits, const Tensor lse, const Tensor target, bool bf16) {
+// In the logits' place: row t's gradient begins where its logits did, whether it is as wide as they or half of that.
+void loss_gradient(Tensor logits, const Tensor lse, const Tensor target, bool bf16) {
   const char* op = "loss_gradient";
   check_type(op, "logits", logits, 2, ScalarType::Float);
   check_type(op, "lse", lse, 1, ScalarType::Float);
@@ -28,20 +29,22 @@ Tensor loss_gradient(const Tensor logits, const Tensor lse, const Tensor target,
   for (int64_t i = 0; i < rows; ++i)
     STD_TORCH_CHECK(integers(target)[i] >= -1 && integers(target)[i] < width, op, ": target[", i, "]=",
                     integers(target)[i], " of ", width, " columns (-1: none of them)");
-  Tensor out = torch::stable::new_empty(logits, {rows, width}, bf16 ? ScalarType::BFloat16 : ScalarType::Float);
+  float* const x = static_cast<float*>(logits.mutable_data_ptr());
+  const float* const from = static_cast<const float*>(lse.const_data_ptr());
   const Kernels& k = kernels();
   torch::stable::parallel_for(0, rows, 1, [&](int64_t first, int64_t last) {
-    k.loss_gradient(out.mutable_data_ptr(), static_cast<const float*>(logits.const_data_ptr()),
-                    static_cast<const float*>(lse.const_data_ptr()), integers(target), width, first, last, bf16);
+    for (int64_t row = first; row < last; ++row) {
+      float* const here = x + row * width;
+      k.loss_gradient(here, here, from + row, integers(target) + row, width, 0, 1, bf16);
+    }
   });
-  return out;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(onemesh, m) {
   m.def("log_sum_exp(Tensor logits) -> Tensor");
-  m.def("loss_gradient(Tensor logits, Tensor lse, Tensor target, bool bf16) -> Tensor");
+  m.def("loss_gradient(Tensor(a!) logits, Tensor lse, Tensor target, bool bf16) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(onemesh, CPU, m) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 
@@ -16,6 +17,7 @@ from parallel.mesh import Mesh
 from tests.models import BIASED, TINY, RandomWeights
 from tests.ranks import on_ranks
 from tests.training import Outcome, Run, layout, rows_of, train, train_rank
+from train import step
 from train.model import build_model
 from train.step import Trainer
 
@@ -91,6 +93,22 @@ def test_gpipe_and_1f1b_agree_bitwise(tune: str) -> None:
 def test_cutting_the_batch_otherwise_changes_nothing(run: Run) -> None:
     for tune in TUNES:
         assert_same(train(replace(run, tune=TUNES[tune])), alone(tune, 1), 1e-10)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "run", [layout(), layout(recompute="full"), layout(pipeline=2), layout(data=2)],
+    ids=["plain", "recompute", "pipeline", "data"],
+)  # fmt: skip
+def test_packs_kept_over_a_step_change_no_bit(run: Run, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = replace(run, dtype=dtype, microbatches=3, steps=3)
+    kept = train(run)
+    monkeypatch.setattr(step, "packs_kept", lambda *_, **__: nullcontext())
+    fresh = train(run)
+    assert (kept.losses, kept.norms) == (fresh.losses, fresh.norms)
+    for name, values in kept.parameters.items():
+        assert torch.equal(values, fresh.parameters[name]), name
+        assert torch.equal(kept.gradients[name], fresh.gradients[name]), name
 
 
 @pytest.mark.parametrize("name", ["tensor3", "tensor4", "tensor2_pipeline2"])

@@ -1,9 +1,12 @@
 """The hand-written backward passes against finite differences and against the reference's autograd."""
 
+import math
+
 import pytest
 import torch
 
-from kernels import reference, torch_ops
+from kernels import autograd_merge, reference, torch_ops
+from kernels.checks import working_dtype
 from kernels.dispatch import REFERENCE, select
 
 CPU = torch.device("cpu")
@@ -51,6 +54,48 @@ def test_gradcheck_of_prefix_merged_with_documents(kv_index):
 
     inputs = leaves((5, 4, 3), (5, 2, 3), (5, 2, 3), (3, 2, 3), (3, 2, 3))
     assert torch.autograd.gradcheck(merged, inputs)
+
+
+def parts_of(count, *, dtype=torch.float64):
+    """(out, lse) of so many parts; query 1 sees nothing of the first one, query 2 nothing at all."""
+    found = [(draw(5, 2, 3, seed=i, dtype=dtype), draw(5, 2, seed=9 + i, dtype=torch.float64)) for i in range(count)]
+    found = [(out, lse.to(working_dtype(dtype))) for out, lse in found]
+    for i, (out, lse) in enumerate(found):
+        for row in (1, 2) if i == 0 else (2,):
+            out[row], lse[row] = 0, -math.inf
+    return [t.requires_grad_() for part in found for t in part]
+
+
+def merged(merge, flat):
+    return merge(list(zip(flat[::2], flat[1::2], strict=True)))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("chosen", [(1.0, 1.0), (1.0, None), (None, 1.0)])
+def test_gradients_of_the_merge(count, chosen):
+    """Those of the reference's own graph, where one of the results may be unused."""
+    weights = draw(5, 2, 3, seed=20), draw(5, 2, seed=21)
+
+    def run(merge):
+        flat = parts_of(count)
+        outs = merged(merge, flat)
+        outs = outs[0], torch.where(outs[1].isneginf(), 0.0, outs[1])
+        used = [(out * w).sum() for out, w, c in zip(outs, weights, chosen, strict=True) if c]
+        return [*outs, *torch.autograd.grad(sum(used), flat, materialize_grads=True)]
+
+    for got, wanted in zip(run(autograd_merge.merge_attention), run(reference.merge_attention), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-13, atol=1e-14)
+
+
+def test_the_merge_keeps_its_parts_and_nothing_else():
+    """Its bits are the reference's; a graph of plain operations would hold float32 copies of the parts."""
+    flat = parts_of(2, dtype=torch.bfloat16)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out, lse = merged(autograd_merge.merge_attention, flat)
+    assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in (*flat, lse)]
+    for a, b in zip((out, lse), merged(reference.merge_attention, flat), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -163,6 +163,18 @@ def test_weight_gradients_go_on_from_what_is_there(dtype, rows, thread_counts):
     assert torch.equal(once, twice)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_of_a_wide_weight_is_that_of_its_parts(dtype):
+    """It is computed some rows at a time (2016 of bfloat16, 1008 of float32), of some tokens at a time (2048)."""
+    ops = backend("compiled", dtype)
+    grad, x = draw(2101, 4100, seed=1).to(dtype), draw(2101, 5, seed=2).to(dtype)
+    found, parts = draw(4100, 5, seed=3).float(), draw(4100, 5, seed=3).float()
+    ops.add_weight_gradient(found, grad, x)
+    for first in range(0, 4100, 500):
+        ops.add_weight_gradient(parts[first : first + 500], grad[:, first : first + 500], x)
+    assert torch.equal(found, parts)
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("widths", [(50,), (48, 7, 96), (5, 9, 3, 1, 20)])
@@ -327,3 +339,16 @@ def test_softmax_of_the_loss_names_what_is_wrong():
     ):
         with pytest.raises(RuntimeError, match=message):
             raw.loss_gradient(*arguments, False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_frozen_linear_does_not_keep_its_input(dtype):
+    """It takes no part in the gradient of x; with a prefix it would be a quarter of what a layer keeps."""
+    ops = backend("compiled", dtype)
+    x, w = draw(5, 8, seed=1).to(dtype).requires_grad_(), draw(12, 8, seed=2)
+    for weight, expected in ((packed(ops, w.to(dtype)), []), (w.float().requires_grad_(), [x.data_ptr()])):
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.data_ptr()) or t, lambda t: t):
+            out = ops.linear(x, weight)
+        assert [p for p in kept if p == x.data_ptr()] == expected
+        assert torch.autograd.grad(out.float().sum(), x)[0].isfinite().all()
