@@ -241,7 +241,7 @@ class ServeConf:
     max_length: int | None = option(None, "Prompt plus answer, in tokens; default: the model's context.", "[2,inf)")
     page_size: int = option(16, "Tokens of a page of the KV cache.", FROM_1)
     kv_memory: str | int | float = option(0.25, "KV cache per rank: bytes (2GiB) or share of free memory.")
-    max_batch_tokens: int = option(512, "Tokens computed in one engine step.", FROM_1)
+    max_batch_tokens: int = option(2048, "Tokens computed in one engine step.", FROM_1)
     max_sequences: int = option(64, "Requests running at once.", FROM_1)
     api_key: str | None = option(None, "Bearer token clients must send.", only=("serve",), secret=True)
     watch: str | None = option(None, "Run directory whose new checkpoints are served.", only=("serve",), later=True)
