@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from conf.load import load
 from conf.schema import BenchConfig, ConfigError
 from serve.arrivals import Arrival, plan
@@ -231,7 +233,8 @@ async def bench(config: BenchConfig) -> int:
 def main(arguments: Sequence[str]) -> int:
     """The command; exit code 2 for a mistake in the arguments."""
     try:
-        return asyncio.run(bench(load(arguments, "bench")))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(bench(load(arguments, "bench")))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

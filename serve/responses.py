@@ -18,9 +18,12 @@ LOWEST_LOGPROB = -9999.0
 END_OF_STREAM = b"data: [DONE]\n\n"
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)  # making one costs as its use
+
+
 def to_json(value: Mapping[str, Any]) -> bytes:
     """`value` as compact UTF-8 JSON."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    return _ENCODER.encode(value).encode()
 
 
 def event(value: Mapping[str, Any]) -> bytes:
