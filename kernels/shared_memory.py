@@ -149,11 +149,11 @@ class SharedMemory:
         """The sum of `all_reduce`."""
         self.all_reduce(x, "sum")
 
-    def direct_sum(self, x: Tensor, note: Callable[[int], None]) -> Direct:
-        """The sum of `all_reduce`, for recordings."""
+    def direct_sum(self, x: Tensor, error: Callable[[int], Exception], note: Callable[[int], None]) -> Direct:
+        """The sum of `all_reduce`, for recordings; `error` must keep this group alive."""
         function = ctypes.cast(self._all_reduce, c_void_p).value
         assert function is not None
-        return Direct(function, self._arena, x, _kind(x, "sum"), self.broken, note)
+        return Direct(function, self._arena, x, _kind(x, "sum"), error, note)
 
     def all_reduce_start(self, x: Tensor) -> None:
         """The sum, at once: there is no processor to spare that could do it beside the computation."""

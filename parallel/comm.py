@@ -19,7 +19,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -241,12 +241,11 @@ def direct_sum(x: Tensor, group: Group) -> Direct | None:
     if not isinstance(way, shared_memory.SharedMemory):
         return None
     op = _sum_op(group)
-    direct = way.direct_sum(x, Entry(group.traffic, op, group.axis, x.nbytes))
 
     def error(code: int) -> RuntimeError:
         return lost(way.broken(code), op, group)
 
-    return replace(direct, error=error)
+    return way.direct_sum(x, error, Entry(group.traffic, op, group.axis, x.nbytes))
 
 
 def _sum_op(group: Group) -> str:

@@ -75,8 +75,7 @@ class Sampler:
     ) -> list[int]:
         given = [len(tokens) - len(request.prompt) for request, tokens in zip(requests, histories, strict=True)]
         changed = [row for row, request in enumerate(requests) if is_adjusted(request.sampling, given[row])]
-        kept = set(changed)
-        plain = [row for row in range(len(requests)) if row not in kept]
+        plain = sorted(set(range(len(requests))) - set(changed))
         batches: list[tuple[SamplingOps, torch.Tensor, Sequence[int], list[int]]] = []
         if plain:
             batches.append((self._ops, logits_BV, plain, plain))
@@ -105,11 +104,15 @@ def uniform(seed: int, index: int) -> float:
 
 def is_adjusted(sampling: SamplingParams, num_generated: int) -> bool:
     """Whether mask, bias or penalties apply after this many tokens of output."""
-    return bool(
-        num_generated < sampling.min_tokens
-        or sampling.repetition_penalty != 1
-        or (num_generated and (sampling.presence_penalty or sampling.frequency_penalty))
-        or sampling.logit_bias
+    return any(_adjustments(sampling, num_generated)) or bool(sampling.logit_bias)
+
+
+def _adjustments(sampling: SamplingParams, num_generated: int) -> tuple[bool, bool, bool]:
+    """Whether the mask applies, the repetition penalty, one of the penalties that look at the output."""
+    return (
+        num_generated < sampling.min_tokens,
+        sampling.repetition_penalty != 1,
+        bool(num_generated and (sampling.presence_penalty or sampling.frequency_penalty)),
     )
 
 
@@ -120,17 +123,18 @@ def adjust(
 
     tokens: prompt then output; the last `num_generated` are output.
     """
-    if num_generated < sampling.min_tokens:
+    masks, repeats, counts = _adjustments(sampling, num_generated)
+    if masks:
         row_V[[*sampling.stop_ids, *(() if sampling.ignore_eos else sorted(eos_ids))]] = -np.inf
     for token, bias in sampling.logit_bias:
         row_V[token] += np.float32(bias)
-    if sampling.repetition_penalty != 1:
+    if repeats:
         seen = list(set(tokens))
         penalty = np.float32(sampling.repetition_penalty)
         values = row_V[seen]
         with np.errstate(over="ignore"):  # logits masked by float32's lowest value
             row_V[seen] = np.where(values < 0, values * penalty, values / penalty)
-    if num_generated and (sampling.presence_penalty or sampling.frequency_penalty):
+    if counts:
         times = Counter(tokens[len(tokens) - num_generated :])
         seen = list(times)
         row_V[seen] -= np.float32(sampling.frequency_penalty) * np.array(list(times.values()), dtype=np.float32)

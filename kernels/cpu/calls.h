@@ -17,6 +17,12 @@ struct NormCall : Call {
   void work(int64_t thread, int64_t threads) override;
 };
 
+// Where a panel of a packed weight begins; a unit has 4 bytes.
+inline const char* panel_of(const Product& product, int64_t panel, bool bf16) {
+  const int64_t units = (product.in_width * (bf16 ? 2 : 4) + 3) / 4;
+  return static_cast<const char*>(product.weight) + panel * PANEL * units * 4;
+}
+
 // Linears of one x: calls [parts][segments], parts differ in columns, segments in rows. Behind a norm of few rows every
 // thread norms all of them for itself.
 struct LinearCall : Call {

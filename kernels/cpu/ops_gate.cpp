@@ -42,10 +42,7 @@ struct GateCall : Call {
 
   const void* weights(int64_t thread, int64_t threads) const override {
     if (!linears) return nullptr;
-    const LinearArgs& gate = linears->calls[0];
-    const int64_t units = (gate.products[0].in_width * (bf16 ? 2 : 4) + 3) / 4;  // of 4 bytes
-    return static_cast<const char*>(gate.products[0].weight) +
-           Share(panels_of(args.width), thread, threads).first * PANEL * units * 4;
+    return panel_of(linears->calls[0].products[0], Share(panels_of(args.width), thread, threads).first, bf16);
   }
   const Call* precede(const Call* next) override {
     if (!linears) return next;

@@ -273,10 +273,7 @@ void LinearCall::panels(int64_t thread, int64_t threads, int64_t first, int64_t 
     args.out = static_cast<char*>(args.out) + column * (args.float_out ? 4 : size);
     args.out_width = std::min(last * PANEL, args.out_width) - column;
     if (args.bias) args.bias = static_cast<const char*>(args.bias) + column * size;
-    for (int p = 0; p < args.num_products; ++p) {
-      const int64_t units = (args.products[p].in_width * size + 3) / 4;  // of 4 bytes
-      args.products[p].weight = static_cast<const char*>(args.products[p].weight) + column * units * 4;
-    }
+    for (int p = 0; p < args.num_products; ++p) args.products[p].weight = panel_of(args.products[p], first, bf16);
   }
   kernels().linear(mine.data(), mine.size() / segments, segments, 0, 1, next(thread, threads), bf16);
 }
@@ -288,9 +285,7 @@ const void* LinearCall::weights(int64_t thread, int64_t threads) const {
   for (size_t i = 0; i < calls.size(); i += segments) panels += panels_of(calls[i].out_width);
   int64_t first = Share(panels, thread, threads).first;
   for (size_t i = 0; i < calls.size(); i += segments) {
-    const Product& x = calls[i].products[0];
-    if (first < panels_of(calls[i].out_width))
-      return static_cast<const char*>(x.weight) + first * PANEL * 4 * ((x.in_width * (bf16 ? 2 : 4) + 3) / 4);
+    if (first < panels_of(calls[i].out_width)) return panel_of(calls[i].products[0], first, bf16);
     first -= panels_of(calls[i].out_width);
   }
   return nullptr;
