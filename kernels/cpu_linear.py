@@ -20,6 +20,7 @@ from kernels.ops import LowRank, Packed, Part, Rows, Weight
 PANEL = 48
 """Rows of a weight that stand together (`kernels/cpu/kernels.h`)."""
 _STAGE_BYTES = 2 << 20  # larger ones leave holes in the heap between packed weights
+_TURNED_BYTES = 32 << 20  # of a transpose that is made for one product: glibc gives back what is larger each time
 
 
 def pack(shape: tuple[int, int], dtype: torch.dtype, rows: Rows, area: Area | None = None) -> Packed:
@@ -39,7 +40,7 @@ def pack(shape: tuple[int, int], dtype: torch.dtype, rows: Rows, area: Area | No
 
 def _turn(packed: Packed) -> Packed:
     n, k = packed.shape
-    return _packed(torch.ops.onemesh.unpack(packed.data, n, k).t(), packed.dtype)
+    return Packed(torch.ops.onemesh.turn(packed.data, n, k, 0, -(-k // PANEL)), (k, n), _turn)
 
 
 def _packed(w_NK: Tensor, dtype: torch.dtype) -> Packed:
@@ -138,7 +139,16 @@ def _product(x_TK: Tensor, panels: Tensor, out_width: int, *, wide: bool = False
 
 def input_gradient(grad_TN: Tensor, w_NK: Weight) -> Tensor:
     """`reference.input_gradient`: in float32."""
-    return _product(grad_TN, _backward(w_NK, grad_TN.dtype), w_NK.shape[1], wide=True)
+    if not isinstance(w_NK, Packed):
+        return _product(grad_TN, _backward(w_NK, grad_TN.dtype), w_NK.shape[1], wide=True)
+    n, k = w_NK.shape
+    panels, step = -(-k // PANEL), max(_TURNED_BYTES // (n * w_NK.dtype.itemsize * PANEL + 1), 1)
+    out_TK = grad_TN.new_empty(len(grad_TN), k, dtype=torch.float32)
+    for first in range(0, panels, step):
+        turned = torch.ops.onemesh.turn(w_NK.data, n, k, first, min(first + step, panels))
+        columns = slice(first * PANEL, min((first + step) * PANEL, k))
+        out_TK[:, columns] = _product(grad_TN, turned, columns.stop - columns.start, wide=True)
+    return out_TK
 
 
 def add_weight_gradient(out_NK: Tensor, grad_TN: Tensor, x_TK: Tensor) -> None:

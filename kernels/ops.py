@@ -20,7 +20,6 @@ class Packed:
         """`shape`: [N, K] of the weight. `transpose` makes the pack of its transpose."""
         self.data, self.shape = data, shape
         self._transpose = transpose
-        self._transposed: Packed | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -34,10 +33,11 @@ class Packed:
         return self
 
     def transposed(self) -> "Packed":
-        """The pack of the transpose, which gradients need: made when first asked for, then kept."""
-        if self._transposed is None:
-            self._transposed = self._transpose(self)
-        return self._transposed
+        """The pack of the transpose, which gradients need: made anew each time.
+
+        Kept, it would double the memory of the frozen weights; to make it takes about as long as to read and write it.
+        """
+        return self._transpose(self)
 
 
 Weight = Tensor | Packed

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.dispatch import Ops
 from kernels.master import Master
-from kernels.ops import Weight
+from kernels.ops import Packed, Weight
 from parallel import comm
 from parallel.comm import Group
 
@@ -51,9 +51,10 @@ class _CrossEntropy(torch.autograd.Function):
         dtype = hidden_BD.dtype
         work = torch.float64 if dtype == torch.float64 else torch.float32
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        weight = weight_VD
-        if isinstance(weight, Tensor):  # packed once for all chunks
+        weight, turned = weight_VD, None
+        if isinstance(weight, Tensor):  # packed, and turned, once for all chunks
             weight = ops.pack_master(weight, dtype)
+            turned = weight.transposed() if wants_hidden and isinstance(weight, Packed) else None
         grad_hidden = torch.empty(hidden_BD.shape, dtype=work, device=hidden_BD.device) if wants_hidden else None
         grad_weight = None
         if wants_weight and trained_VD is not None:
@@ -71,7 +72,8 @@ class _CrossEntropy(torch.autograd.Function):
                 continue
             grad = ops.loss_gradient(logits, lse, local, dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = ops.input_gradient(grad, weight)
+                wide = ops.input_gradient(grad, weight) if turned is None else ops.linear(grad, turned, wide=True)
+                grad_hidden[rows] = wide
             if grad_weight is not None:
                 ops.add_weight_gradient(grad_weight, grad, hidden_BD[rows])
         ctx.save_for_backward(grad_hidden, grad_weight)

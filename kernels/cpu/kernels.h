@@ -36,6 +36,13 @@ struct PackArgs {
   bool from_bf16, to_bf16;
 };
 
+// A packed weight [N, K] (out_width, in_width) into the packed [K, N]; `to` is where its panel `first` goes.
+struct TurnArgs {
+  void* to;
+  const void* from;
+  int64_t out_width, in_width, first;
+};
+
 // x [T, N] into [N, T rounded up to whole units].
 struct TransposeArgs {
   void* to;
@@ -150,9 +157,8 @@ struct LogProbArgs {
   X(pack, (const PackArgs&, int64_t first_panel, int64_t last_panel))                                                  \
   /* columns [first, last) of x */                                                                                     \
   X(transpose_rows, (const TransposeArgs&, int64_t first, int64_t last, bool is_bf16))                                 \
-  /* rows of panels [first, last) */                                                                                   \
-  X(unpack, (void* out, const void* packed, int64_t out_width, int64_t in_width, int64_t first, int64_t last,          \
-             bool is_bf16))                                                                                            \
+  /* panels [first, last) of the transpose */                                                                          \
+  X(turn, (const TurnArgs&, int64_t first, int64_t last, bool is_bf16))                                                \
   /* rows ids[first..last) of the packed weight */                                                                     \
   X(gather, (void* out, const void* packed, const int64_t* ids, int64_t in_width, int64_t first, int64_t last,         \
              bool is_bf16))                                                                                            \

@@ -305,22 +305,33 @@ void transpose_rows(const TransposeArgs& a, int64_t first, int64_t last) {
   }
 }
 
-// Rows of panels [first, last) in their plain order again, [N, K].
+// Panels [first, last) of the transpose [K, N] of a packed weight [N, K]. What its last units have past N is zero, as the
+// weight's own panels are there.
 template <class E>
-void unpack(E* out, const E* packed, int64_t out_width, int64_t in_width, int64_t first, int64_t last) {
-  constexpr int PER_UNIT = 4 / sizeof(E);
-  const int64_t units = (in_width + PER_UNIT - 1) / PER_UNIT;
+void turn(const TurnArgs& a, int64_t first, int64_t last) {
+  constexpr int PER_UNIT = 4 / sizeof(E), ACROSS = PANEL / PER_UNIT;
+  const int64_t units = (a.in_width + PER_UNIT - 1) / PER_UNIT, out_units = (a.out_width + PER_UNIT - 1) / PER_UNIT;
   for (int64_t p = first; p < last; ++p)
-    for (int c = 0; c < PANEL && p * PANEL + c < out_width; c += W)
-      for (int64_t u = 0; u < units; u += W) {
-        vf block[W];
-        for (int i = 0; i < W; ++i)
-          block[i] = u + i < units ? load((const float*)packed + (p * units + u + i) * PANEL + c) : vf{};
-        transpose(block);
-        const int64_t k = u * PER_UNIT, some = in_width - k < W * PER_UNIT ? in_width - k : W * PER_UNIT;
-        for (int i = 0; i < W && p * PANEL + c + i < out_width; ++i)
-          memcpy(out + (p * PANEL + c + i) * in_width + k, &block[i], some * sizeof(E));
-      }
+    for (int64_t from = 0; from < a.out_width; from += PANEL) {
+      alignas(64) E block[PANEL][PANEL] = {};  // W[from + i][p * PANEL + j]
+      const float* source = (const float*)a.from + (from / PANEL * units + p * ACROSS) * PANEL;
+      const int64_t across = units - p * ACROSS < ACROSS ? units - p * ACROSS : ACROSS;
+      for (int c = 0; c < PANEL; c += W)
+        for (int64_t u = 0; u < across; u += W) {
+          vf some[W];
+          for (int i = 0; i < W; ++i) some[i] = u + i < across ? load(source + (u + i) * PANEL + c) : vf{};
+          transpose(some);
+          for (int i = 0; i < W; ++i) put((float*)block[c + i] + u, some[i], ACROSS - u < W ? ACROSS - u : W);
+        }
+      uint32_t* to = (uint32_t*)a.to + ((p - a.first) * out_units + from / PER_UNIT) * PANEL;
+      const int64_t down = out_units - from / PER_UNIT < ACROSS ? out_units - from / PER_UNIT : ACROSS;
+      for (int64_t u = 0; u < down; ++u)
+        for (int c = 0; c < PANEL; ++c)
+          if constexpr (PER_UNIT == 1)
+            memcpy(to + u * PANEL + c, &block[u][c], 4);
+          else
+            to[u * PANEL + c] = uint32_t(block[2 * u][c]) | uint32_t(block[2 * u + 1][c]) << 16;
+    }
 }
 
 template <class E>
@@ -359,12 +370,11 @@ KERNEL(transpose_rows)(const TransposeArgs& args, int64_t first, int64_t last, b
     transpose_rows<float>(args, first, last);
 }
 
-KERNEL(unpack)(void* out, const void* packed, int64_t out_width, int64_t in_width, int64_t first, int64_t last,
-               bool is_bf16) {
+KERNEL(turn)(const TurnArgs& args, int64_t first, int64_t last, bool is_bf16) {
   if (is_bf16)
-    unpack((bf16*)out, (const bf16*)packed, out_width, in_width, first, last);
+    turn<bf16>(args, first, last);
   else
-    unpack((float*)out, (const float*)packed, out_width, in_width, first, last);
+    turn<float>(args, first, last);
 }
 
 KERNEL(gather)(void* out, const void* packed, const int64_t* ids, int64_t in_width, int64_t first, int64_t last,

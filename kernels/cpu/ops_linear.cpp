@@ -218,13 +218,16 @@ void weight_gradient(Tensor out, const Tensor grad, const Tensor x, bool accumul
   }
 }
 
-Tensor unpack(const Tensor packed, int64_t out_width, int64_t in_width) {
-  check_packed("unpack", "packed", packed, out_width, in_width);
-  Tensor out = torch::stable::new_empty(packed, {out_width, in_width});
+// Panels [first, last) of the packed transpose [K, N] of a packed weight [N, K] (out_width, in_width).
+Tensor turn(const Tensor packed, int64_t out_width, int64_t in_width, int64_t first, int64_t last) {
+  const char* op = "turn";
+  check_packed(op, "packed", packed, out_width, in_width);
+  STD_TORCH_CHECK(0 <= first && first <= last && last <= panels_of(in_width), op, ": panels ", first, " .. ", last,
+                  " must rise within ", panels_of(in_width));
+  Tensor out = empty_packed(packed, (last - first) * PANEL, out_width);
+  const TurnArgs args{out.mutable_data_ptr(), packed.const_data_ptr(), out_width, in_width, first};
   const Kernels& k = kernels();
-  torch::stable::parallel_for(0, packed.size(0), 1, [&](int64_t first, int64_t last) {
-    k.unpack(out.mutable_data_ptr(), packed.const_data_ptr(), out_width, in_width, first, last, is_bf16(packed));
-  });
+  torch::stable::parallel_for(first, last, 1, [&](int64_t a, int64_t b) { k.turn(args, a, b, is_bf16(packed)); });
   return out;
 }
 
@@ -336,7 +339,7 @@ std::vector<LinearArgs> LinearCall::normed(int64_t thread, int64_t threads) {
 STABLE_TORCH_LIBRARY_FRAGMENT(onemesh, m) {
   m.def("empty_packed(Tensor like, int out_width, int in_width) -> Tensor");
   m.def("pack_rows(Tensor(a!) packed, Tensor w, int first) -> ()");
-  m.def("unpack(Tensor packed, int out_width, int in_width) -> Tensor");
+  m.def("turn(Tensor packed, int out_width, int in_width, int first, int last) -> Tensor");
   m.def("packed_rows(Tensor ids, Tensor packed, int out_width, int in_width) -> Tensor");
   m.def(
       "linears(Tensor x, Tensor[] packed, Tensor?[] bias, int[] widths, bool float_out, Tensor[] h, Tensor[] b, "
@@ -348,7 +351,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(onemesh, m) {
 STABLE_TORCH_LIBRARY_IMPL(onemesh, CPU, m) {
   m.impl("empty_packed", TORCH_BOX(&empty_packed));
   m.impl("pack_rows", TORCH_BOX(&pack_rows));
-  m.impl("unpack", TORCH_BOX(&unpack));
+  m.impl("turn", TORCH_BOX(&turn));
   m.impl("packed_rows", TORCH_BOX(&packed_rows));
   m.impl("linears", TORCH_BOX(&linears));
   m.impl("sum_of_products", TORCH_BOX(&sum_of_products));

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import cpu_linear
 from kernels.dispatch import REFERENCE
 from kernels.ops import LowRank, Part
 from tests.backends import BACKENDS, backend, packed
@@ -235,14 +236,17 @@ def test_rows_may_be_parts_of_wider_ones():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (50, 41), (97, 64), (48, 3)])
-def test_the_transpose_of_a_packed_weight(dtype, n, k):
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (50, 41), (97, 64), (48, 3), (3, 48), (144, 145)])
+def test_the_transpose_of_a_packed_weight(monkeypatch, dtype, n, k):
     ops, w = backend("compiled", dtype), draw(n, k, seed=1).to(dtype)
     one = packed(ops, w)
     grad = draw(13, n, seed=2).to(dtype)
     assert torch.equal(ops.input_gradient(grad, one), ops.input_gradient(grad, w))
-    assert one.transposed() is one.transposed()
-    assert torch.equal(ops.embedding(torch.arange(k), one.transposed()), w.t())
+    monkeypatch.setattr(cpu_linear, "_TURNED_BYTES", 1)  # a panel at a time
+    assert torch.equal(ops.input_gradient(grad, one), ops.input_gradient(grad, w))
+    turned = one.transposed()
+    assert torch.equal(ops.embedding(torch.arange(k), turned), w.t())
+    assert torch.equal(turned.data.view(torch.uint8), packed(ops, w.t()).data.view(torch.uint8))  # and zeros past it
 
 
 @pytest.mark.parametrize("name", ["reference", *BACKENDS])
@@ -305,8 +309,11 @@ def test_raw_ops_name_what_is_wrong():
     ):
         with pytest.raises(RuntimeError, match=message):
             raw.weight_gradient(out, grad, other, True)
-    with pytest.raises(RuntimeError, match="unpack: packed is not of a weight"):
-        raw.unpack(w, 50, 9)
+    with pytest.raises(RuntimeError, match="turn: packed is not of a weight"):
+        raw.turn(w, 50, 9, 0, 1)
+    for first, last in ((-1, 1), (1, 0), (0, 2)):
+        with pytest.raises(RuntimeError, match=f"turn: panels {first} .. {last} must rise within 1"):
+            raw.turn(w, 50, 8, first, last)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
