@@ -48,7 +48,7 @@ void run(std::unique_ptr<Call> call);
 // Whether this thread records: an op must not copy its arguments then, for a replay wouldn't.
 bool is_recording();
 
-// Memory for a result, dense: that of the program while one is recorded.
+// Memory for a result, dense and on a line of its own: that of the program while one is recorded.
 torch::stable::Tensor new_result(const torch::stable::Tensor& like, std::initializer_list<int64_t> sizes,
                                  torch::headeronly::ScalarType type);
 inline torch::stable::Tensor new_result(const torch::stable::Tensor& like, std::initializer_list<int64_t> sizes) {

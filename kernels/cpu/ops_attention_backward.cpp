@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "attention_checks.h"
+#include "call.h"
 #include "dispatch.h"
 #include "scratch.h"
 
@@ -108,7 +109,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward(
     check_type(op, name, *x, 2, ScalarType::Float);
     for (int i = 0; i < 2; ++i) STD_TORCH_CHECK(x->size(i) == q.size(i), op, ": ", name, " doesn't fit q");
   }
-  Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k), dv = torch::stable::empty_like(v);
+  Tensor dq = new_result(q, {q.size(0), q.size(1), q.size(2)}), dk = new_result(k, {k.size(0), k.size(1), k.size(2)});
+  Tensor dv = new_result(v, {v.size(0), v.size(1), v.size(2)});
   Tensor same_out = out, same_lse = lse;  // handles: only read
   Attention a = arguments(same_out, same_lse, q, k, v, window, scale, soft_cap, slopes);
   a.sequences = sequences.data(), a.heads = heads.order.data(), a.first_head = heads.first.data();

@@ -58,7 +58,7 @@ Tensor embedding_backward(const Tensor grad, const Tensor ids, int64_t num_rows)
   for (int64_t i = 0; i < num_rows; ++i) starts[i + 1] += starts[i];
   std::vector<int64_t> next(starts.begin(), starts.end() - 1);
   for (int64_t t = 0; t < ids.size(0); ++t) tokens[next[id[t]]++] = t;
-  Tensor grad_weight = torch::stable::new_empty(grad, {num_rows, grad.size(1)});
+  Tensor grad_weight = new_result(grad, {num_rows, grad.size(1)});
   const EmbeddingGradArgs args{grad_weight.mutable_data_ptr(), rows_of(grads), starts.data(), tokens.data(),
                                grad.size(1)};
   const Kernels& k = kernels();

@@ -78,8 +78,8 @@ std::tuple<Tensor, Tensor> run_backward(const char* op, const Tensor& grad, cons
   const Tensor gates = as_rows(op, "gate", gate, 2), ups = as_rows(op, "up", up, 2), from = as_rows(op, "grad", grad, 2);
   check_shape(op, "up", up, "gate", gate);
   check_shape(op, "grad", grad, "gate", gate);
-  Tensor grad_gate = torch::stable::new_empty(gate, {gate.size(0), gate.size(1)});
-  Tensor grad_up = torch::stable::new_empty(gate, {gate.size(0), gate.size(1)});
+  Tensor grad_gate = new_result(gate, {gate.size(0), gate.size(1)});
+  Tensor grad_up = new_result(gate, {gate.size(0), gate.size(1)});
   const GateGradArgs args{grad_gate.mutable_data_ptr(), grad_up.mutable_data_ptr(), rows_of(from), rows_of(gates),
                           rows_of(ups), gate.size(1), is_gelu};
   const Kernels& k = kernels();

@@ -40,7 +40,7 @@ Tensor empty_packed(const Tensor like, int64_t out_width, int64_t in_width) {
   STD_TORCH_CHECK(out_width >= 0 && in_width >= 0, "empty_packed: negative size");
   const int64_t per_unit = is_bf16(like) ? 2 : 1;
   const int64_t units = (in_width + per_unit - 1) / per_unit;
-  Tensor out = torch::stable::new_empty(like, {panels_of(out_width), units, PANEL, per_unit});
+  Tensor out = new_result(like, {panels_of(out_width), units, PANEL, per_unit});
   advise_huge_pages(out.mutable_data_ptr(), panels_of(out_width) * units * PANEL * 4);
   return out;
 }
@@ -191,8 +191,8 @@ void weight_gradient(Tensor out, const Tensor grad, const Tensor x, bool accumul
   const bool bf16 = is_bf16(x);
   const int64_t per_unit = bf16 ? 2 : 1, step = std::min(rows, TOKENS), units = (step + per_unit - 1) / per_unit;
   const int64_t width = std::min(n, std::max<int64_t>(TURNED_BYTES / (4 * units + 1) / PANEL, 1) * PANEL);
-  const Tensor packed = torch::stable::new_empty(x, {panels_of(k), units, PANEL, per_unit});
-  const Tensor turned = torch::stable::new_empty(x, {width, units * per_unit});
+  const Tensor packed = new_result(x, {panels_of(k), units, PANEL, per_unit});
+  const Tensor turned = new_result(x, {width, units * per_unit});
   const int64_t size = bf16 ? 2 : 4;
   const Kernels& kernel = kernels();
   for (int64_t t = 0; t < rows; t += step) {

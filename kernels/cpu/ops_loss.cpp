@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "call.h"
 #include "checks.h"
 #include "dispatch.h"
 
@@ -9,7 +10,7 @@ namespace {
 
 Tensor log_sum_exp(const Tensor logits) {
   check_type("log_sum_exp", "logits", logits, 2, ScalarType::Float);
-  Tensor out = torch::stable::new_empty(logits, {logits.size(0)});
+  Tensor out = new_result(logits, {logits.size(0)});
   const Kernels& k = kernels();
   torch::stable::parallel_for(0, logits.size(0), 1, [&](int64_t first, int64_t last) {
     k.log_sum_exp(static_cast<float*>(out.mutable_data_ptr()), static_cast<const float*>(logits.const_data_ptr()),

@@ -52,9 +52,9 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor grad, const std::optio
     check_shape(op, "grad_sum", *grad_sum, "x", x);
   }
   const int64_t rows = x.size(0), width = x.size(1), blocks = (rows + NORM_BLOCK - 1) / NORM_BLOCK;
-  Tensor grad_x = torch::stable::new_empty(x, {rows, width});
-  Tensor grad_weight = torch::stable::new_empty(x, {wants_weight ? width : 0});
-  Tensor parts = torch::stable::new_empty(x, {wants_weight ? blocks : 0, width}, ScalarType::Float);
+  Tensor grad_x = new_result(x, {rows, width});
+  Tensor grad_weight = new_result(x, {wants_weight ? width : 0});
+  Tensor parts = new_result(x, {wants_weight ? blocks : 0, width}, ScalarType::Float);
   float* weight_parts = wants_weight ? static_cast<float*>(parts.mutable_data_ptr()) : nullptr;
   const NormGradArgs args{grad_x.mutable_data_ptr(), weight_parts, rows_of(grads), sums ? rows_of(*sums) : Rows{},
                           rows_of(from), entries.const_data_ptr(), float(eps), rows, width};

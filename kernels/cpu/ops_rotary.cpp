@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> rotary_angles(const Tensor position, const Tensor fre
 Tensor rotary(const Tensor x, const Tensor cos, const Tensor sin, bool inverse) {
   const Tensor from = as_rows("rotary", "x", x, 3);
   const Angles angles("rotary", cos, sin, x, "x");
-  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
+  Tensor out = new_result(x, {x.size(0), x.size(1), x.size(2)});
   const RotaryArgs args = angles.args(out, from, inverse ? -1.0f : 1.0f);
   const Kernels& k = kernels();
   share_rows(x.size(0), x.size(1) * x.size(2),

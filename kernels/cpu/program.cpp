@@ -22,6 +22,8 @@
 
 namespace {
 
+constexpr size_t LINE = 64;  // of the cache
+
 // Memory that is given out in blocks of one size each. A block that is freed waits for two more calls: calls that are
 // joined (`Call::follow`) work at the same time, and one must not overwrite what the other still reads.
 class Arena {
@@ -48,7 +50,6 @@ class Arena {
 
  private:
   static constexpr int64_t CALLS_JOINED = 3;
-  static constexpr size_t LINE = 64;
   struct Freed {
     void* block;
     size_t size;
@@ -230,13 +231,20 @@ void run(std::unique_ptr<Call> call) {
   ++recording->recorded;
 }
 
+// glibc's aligned allocation, which torch's is, looks for room for the alignment too: a freed block is too small for the
+// next result of its own size, and a training step leaves a hole behind each. Here all requests of a size are alike.
 Tensor new_result(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  if (!recording) return torch::stable::new_empty(like, sizes, type);
   size_t size = type == ScalarType::BFloat16 ? 2 : type == ScalarType::Float ? 4 : 8;
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= sizes.begin()[i]) strides[i] = stride;
   size *= stride;
+  if (!recording) {
+    void* const room = std::malloc(size + LINE);
+    STD_TORCH_CHECK(room, "no memory for ", size, " bytes");
+    void* const block = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(room) + LINE - 1) / LINE * LINE);
+    return torch::stable::from_blob(block, sizes, strides, like.device(), type, [room](void*) { std::free(room); });
+  }
   void* block = recording->arena->take(size, recording->recorded);
   return torch::stable::from_blob(block, sizes, strides, like.device(), type,
                                   [arena = recording->arena, program = recording, size](void* data) {

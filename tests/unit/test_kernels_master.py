@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from conf.schema import OptimConf
 from kernels import cpu_linear
 from kernels.master import Master, packs_kept
-from kernels.ops import Ops, Part
+from kernels.ops import Ops, Packed, Part
 from parallel.sharding import Spec, whole
 from tests.backends import BACKENDS, backend
 from train.optim import adamw
@@ -32,7 +32,10 @@ def products(ops: Ops, w: Tensor, dtype: torch.dtype) -> list[Tensor]:
     with torch.no_grad():
         held = ops.pack_master(w, dtype)
         logits = ops.linear(x, held, wide=True)
-        back = ops.input_gradient(logits.to(dtype), held)
+        if isinstance(held, Packed):  # as the loss does it for all of its chunks
+            back = ops.linear(logits.to(dtype), held.transposed(), wide=True)
+        else:
+            back = ops.input_gradient(logits.to(dtype), held)
         return [out.detach(), grad, logits, back, ops.embedding(torch.tensor([3, 0]), w)]
 
 
