@@ -15,9 +15,6 @@ from kernels import autograd, reference
 from kernels.cuda_layout import CudaLayout, Heads, PackedWork, heads_of, packed_work
 from kernels.documents import Documents
 
-MAX_GRADIENT_HEAD = 128
-"""Largest head dim of the backward kernels."""
-
 
 def attention_paged(
     q_TNH: Tensor,
@@ -161,15 +158,12 @@ def attention_varlen(
     """`reference.attention_varlen` in O(T) memory, row-invariant but by flash-attn, which is taken where it can.
 
     That is where it is installed and no gradient is asked for (it has none of lse), in 16 bits, with heads shared
-    evenly, without cap and slopes, of plain bounds. The reference works for gradients of heads above 128.
+    evenly, without cap and slopes, of plain bounds. Heads up to 256.
     """
     reference.check_attention(q_TNH, k_SKH, v_SKH)
     reference.check_options(q_TNH.shape[1], window, soft_cap, alibi_slopes)
     index = reference.check_kv_index(q_TNH.shape[1], k_SKH.shape[1], kv_index)
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q_TNH, k_SKH, v_SKH))
-    if wants_grad and q_TNH.shape[2] > MAX_GRADIENT_HEAD:
-        options = {"window": window, "soft_cap": soft_cap, "alibi_slopes": alibi_slopes}
-        return reference.attention_varlen(q_TNH, k_SKH, v_SKH, documents, kv_index=index, scale=scale, **options)
     is_causal = not isinstance(documents, Documents)
     documents = Documents.of(documents, q_TNH.shape[0], k_SKH.shape[0])
     is_even = autograd.even_group(index, k_SKH.shape[1]) is not None

@@ -31,8 +31,9 @@ TILE, ROWS, THREADS = 32, 16, 128
 """Keys per tile, rows of a warp's tensor-core tile, threads of a block of the row kernels."""
 FEW_LIMIT, FEW, MANY, DEPTH = 32, (16, 64), (128, 128), 32
 """Of linear.cu in 16 bits: rows up to which the small tile is taken, the two tiles, what a stage has of the depth."""
-STREAMED, DELTA_PAIRS = 32, 4
-"""Of attention_varlen_grad.cu: queries that keys go over at a time, (query, head) per block of `row_delta`."""
+STREAMED, DELTA_PAIRS, WIDE_HEAD = 32, 4, 128
+"""Of attention_varlen_grad.cu: queries that keys go over at a time, (query, head) per block of `row_delta`, the head
+dim above which a block has half as many positions."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ SHAPES = (
     Shape("SmolLM2-135M", 576, 9, 3, 64, 1536, 49152),
     Shape("Llama-3-8B", 4096, 32, 8, 128, 14336, 128256),
 )
+GEMMA = Shape("Gemma-2-2B", 2304, 8, 4, 256, 9216, 256000)
+"""For its heads' width alone."""
 
 
 @dataclass(frozen=True)
@@ -154,14 +157,16 @@ def _documents(chunks: list[tuple[int, int]]) -> Documents:
 
 def attention_gradients(s: Shape, documents: int, length: int) -> Cost:
     """Delta; dq with three products of every tile of queries and tile of keys that it sees; dk and dv with four."""
-    tiles = len(packed_work(_documents([(length, length)] * documents), 0, s.heads // s.kv_heads, CPU).query_tiles)
+    entries = len(packed_work(_documents([(length, length)] * documents), 0, s.heads // s.kv_heads, CPU).query_tiles)
+    side = GRADIENT_ROWS if s.head_dim <= WIDE_HEAD else GRADIENT_ROWS // 2
+    tiles = entries * GRADIENT_ROWS // side
     rows, per_document = documents * length, tiles // documents
     numbers = 8 * rows * s.heads  # lse and delta, or the gradient of lse and delta
     of_q, of_k = 2 * rows * s.heads * s.head_dim, 2 * rows * s.kv_heads * s.head_dim
     delta, for_q, for_k = 2 * of_q + numbers, 3 * of_q + 2 * of_k + numbers, 2 * of_q + 4 * of_k + numbers
-    seen_by_queries = sum(t + 1 for t in range(per_document)) * GRADIENT_ROWS**2
+    seen_by_queries = sum(t + 1 for t in range(per_document)) * side**2
     streamed = -(-length // STREAMED)
-    seen_by_keys = sum(streamed - t * GRADIENT_ROWS // STREAMED for t in range(per_document)) * STREAMED * GRADIENT_ROWS
+    seen_by_keys = sum(streamed - t * side // STREAMED for t in range(per_document)) * STREAMED * side
     products = documents * s.heads * (3 * seen_by_queries + 4 * seen_by_keys)
     return Cost(
         "attention, gradients",
@@ -250,6 +255,8 @@ def costs() -> Iterator[Cost]:
         yield low_rank(s, 1, 4096)
         yield from logits(s, 512)
         yield from draws(s, 64)
+    yield attention_gradients(GEMMA, 8, 512)
+    yield attention_gradients(GEMMA, 2, 2048)
 
 
 def page() -> str:

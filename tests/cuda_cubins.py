@@ -151,6 +151,10 @@ CLAIMS = [
             (f"grad_keys<{HALF}, 64>", 46080, 8, (MMA, "LDSM")),
             (f"grad_keys<{HALF}, 128>", 78848, 8, (MMA, "LDSM")),
             ("grad_keys<float, 128>", 110592, 4, ("FFMA",)),
+            (f"grad_queries<{HALF}, 256>", 103936, 4, (MMA, "LDSM")),
+            ("grad_queries<float, 256>", 101120, 4, ("FFMA",)),
+            (f"grad_keys<{HALF}, 256>", 106496, 4, (MMA, "LDSM")),
+            ("grad_keys<float, 256>", 102400, 4, ("FFMA",)),
         )
     ),
     Claim(kernel=r"log_sum_exp<\w+, true>", registers=40, threads=256, warps=48, has=(LDG,)),

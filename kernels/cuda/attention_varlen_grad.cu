@@ -8,10 +8,16 @@
 
 namespace {
 
-template <class T>
-constexpr int SIDE = sizeof(T) == 2 ? 64 : 32;
-constexpr int STREAMED = 32;  // queries at a time that keys go over
-constexpr int LISTED = 64, MAX_HEAD = 128;  // positions per entry of `tiles`
+constexpr int LISTED = 64, MAX_HEAD = 256;  // positions per entry of `tiles`
+// Positions of a block, and queries at a time that keys go over. Wide heads have half of them: the sums of a block fill
+// the same registers, and two stages fit the shared memory of every target.
+template <class T, int D>
+constexpr int SIDE = (sizeof(T) == 2 ? 64 : 32) / (D > 128 ? 2 : 1);
+template <class T, int D>
+constexpr int STREAMED = SIDE<T, D> < 32 ? SIDE<T, D> : 32;
+// How many warps lie one below the other in a tile of so many rows.
+template <int ROWS>
+constexpr int WARPS_DOWN = ROWS < 64 ? 2 : 4;
 constexpr float LOG2_E = 1.4426950408889634f;
 
 // A document's queries or keys among the rows of a pack.
@@ -31,12 +37,13 @@ struct Document {
   Rows queries, keys;
   int offset, start;
 
-  template <class T>
+  // A block has SIZE positions.
+  template <int SIZE>
   __device__ static Document of(const int64_t* tiles) {
-    constexpr int PARTS = LISTED / SIDE<T>;
+    constexpr int PARTS = LISTED / SIZE;
     const int64_t* item = tiles + 6 * (blockIdx.x / PARTS);
     return {{item[0], int(item[1])}, {item[2], int(item[3])}, int(item[4]),
-            int(item[5]) * LISTED + int(blockIdx.x) % PARTS * SIDE<T>};
+            int(item[5]) * LISTED + int(blockIdx.x) % PARTS * SIZE};
   }
   __device__ bool visible(int query, int key, int window) const {
     const int distance = query + offset - key;
@@ -122,11 +129,11 @@ __device__ __forceinline__ void write_head(const Rows& rows, int start, Tile& ti
 
 template <class T, int D>
 __global__ void __launch_bounds__(PRODUCT_THREADS) grad_queries(const AttentionVarlenGradArgs a) {
-  constexpr int S = SIDE<T>, SIZE = S * LINE<T, D>;
+  constexpr int S = SIDE<T, D>, DOWN = WARPS_DOWN<S>, SIZE = S * LINE<T, D>;
   DYN_SHARED(T, shared);
   T *queries = shared, *grads_out = queries + SIZE, *buffers = queries + 2 * SIZE, *laid = buffers + 4 * SIZE;
   const int head = blockIdx.y, kv_head = a.kv_heads[head];
-  const Document d = Document::of<T>(a.query_tiles);
+  const Document d = Document::of<S>(a.query_tiles);
   if (d.start >= d.queries.length) return;
   const auto k = d.keys.head<T>(a.k, kv_head, a.num_kv_heads, a.head_dim);
   const auto v = d.keys.head<T>(a.v, kv_head, a.num_kv_heads, a.head_dim);
@@ -138,7 +145,7 @@ __global__ void __launch_bounds__(PRODUCT_THREADS) grad_queries(const AttentionV
                    d.queries.head<T>(a.grad_out, head, a.num_heads, a.head_dim), d.start, queries);
   fetch_pair<S, D>(k, v, first * S, buffers);
   ptx::cp_async_commit();
-  Tile<T, S, D, 4> sums;
+  Tile<T, S, D, DOWN> sums;
   sums.clear();
   for (int t = first; t <= last; ++t) {
     const T* keys = buffers + (t - first) % 2 * 2 * SIZE;
@@ -146,7 +153,7 @@ __global__ void __launch_bounds__(PRODUCT_THREADS) grad_queries(const AttentionV
     ptx::cp_async_commit();
     ptx::cp_async_wait<1>();
     __syncthreads();
-    Tile<T, S, S, 4> scores, grads;
+    Tile<T, S, S, DOWN> scores, grads;
     scores.clear();
     grads.clear();
     scores.template add<D>(Factor<false, D, T>{queries}, Factor<false, D, T>{keys});
@@ -161,31 +168,31 @@ __global__ void __launch_bounds__(PRODUCT_THREADS) grad_queries(const AttentionV
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(PRODUCT_THREADS) grad_keys(const AttentionVarlenGradArgs a) {
-  constexpr int S = SIDE<T>, SIZE = S * LINE<T, D>, STAGE = 2 * STREAMED * LINE<T, D>;
+__global__ void __launch_bounds__(PRODUCT_THREADS, D > 128 ? 2 : 0) grad_keys(const AttentionVarlenGradArgs a) {
+  constexpr int S = SIDE<T, D>, STEP = STREAMED<T, D>, SIZE = S * LINE<T, D>, STAGE = 2 * STEP * LINE<T, D>;
   DYN_SHARED(T, shared);
-  T *keys = shared, *buffers = keys + 2 * SIZE, *weights = buffers + 2 * STAGE, *laid = weights + STREAMED * LINE<T, S>;
+  T *keys = shared, *buffers = keys + 2 * SIZE, *weights = buffers + 2 * STAGE, *laid = weights + STEP * LINE<T, S>;
   const int kv_head = blockIdx.y;
-  const Document d = Document::of<T>(a.key_tiles);
+  const Document d = Document::of<S>(a.key_tiles);
   if (d.start >= d.keys.length) return;
   // All pairs of a head that reads these keys and a tile of queries that sees them.
-  const int first = max(d.start - d.offset, 0) / STREAMED;
+  const int first = max(d.start - d.offset, 0) / STEP;
   const int64_t reach = int64_t(d.start) + S - 1 - d.offset + a.window;
   const int end = a.window ? int(max(min(reach, int64_t(d.queries.length)), int64_t(0))) : d.queries.length;
-  const int count = max((end + STREAMED - 1) / STREAMED - first, 0);
+  const int count = max((end + STEP - 1) / STEP - first, 0);
   const int* heads = a.heads + a.head_starts[kv_head];
   const int num_steps = (a.head_starts[kv_head + 1] - a.head_starts[kv_head]) * count;
   const auto fetch_queries = [&](int step) {
     const int head = heads[step / count];
-    fetch_pair<STREAMED, D>(d.queries.head<T>(a.q, head, a.num_heads, a.head_dim),
+    fetch_pair<STEP, D>(d.queries.head<T>(a.q, head, a.num_heads, a.head_dim),
                             d.queries.head<T>(a.grad_out, head, a.num_heads, a.head_dim),
-                            (first + step % count) * STREAMED, buffers + step % 2 * STAGE);
+                            (first + step % count) * STEP, buffers + step % 2 * STAGE);
   };
   fetch_pair<S, D>(d.keys.head<T>(a.k, kv_head, a.num_kv_heads, a.head_dim),
                    d.keys.head<T>(a.v, kv_head, a.num_kv_heads, a.head_dim), d.start, keys);
   if (num_steps) fetch_queries(0);
   ptx::cp_async_commit();
-  Tile<T, S, D, 4> sums_k, sums_v;
+  Tile<T, S, D, WARPS_DOWN<S>> sums_k, sums_v;
   sums_k.clear();
   sums_v.clear();
   for (int step = 0; step < num_steps; ++step) {
@@ -194,17 +201,17 @@ __global__ void __launch_bounds__(PRODUCT_THREADS) grad_keys(const AttentionVarl
     ptx::cp_async_commit();
     ptx::cp_async_wait<1>();
     __syncthreads();
-    Tile<T, STREAMED, S, 2> scores, grads;
+    Tile<T, STEP, S, 2> scores, grads;
     scores.clear();
     grads.clear();
     scores.template add<D>(Factor<false, D, T>{queries}, Factor<false, D, T>{keys});
     grads.template add<D>(Factor<false, D, T>{grads_out}, Factor<false, D, T>{keys + SIZE});
-    differentiate(a, d, heads[step / count], (first + step % count) * STREAMED, d.start, scores, grads);
+    differentiate(a, d, heads[step / count], (first + step % count) * STEP, d.start, scores, grads);
     lay_down<T, S>(scores, weights);
     lay_down<T, S>(grads, laid);
     __syncthreads();
-    sums_v.template add<STREAMED>(Factor<true, S, T>{weights}, Factor<true, D, T>{grads_out});
-    sums_k.template add<STREAMED>(Factor<true, S, T>{laid}, Factor<true, D, T>{queries});
+    sums_v.template add<STEP>(Factor<true, S, T>{weights}, Factor<true, D, T>{grads_out});
+    sums_k.template add<STEP>(Factor<true, S, T>{laid}, Factor<true, D, T>{queries});
     __syncthreads();  // before all of this is written again
   }
   write_head<T>(d.keys, d.start, sums_k, a.grad_k, kv_head, a.num_kv_heads, a.head_dim, a.scale);
@@ -213,10 +220,11 @@ __global__ void __launch_bounds__(PRODUCT_THREADS) grad_keys(const AttentionVarl
 
 template <class T, int D>
 int launch_head(const AttentionVarlenGradArgs& a, cudaStream_t stream) {
-  constexpr size_t own = 2 * SIDE<T> * LINE<T, D>;  // elements; then the streamed ones and P, dS
-  constexpr size_t bytes_q = (3 * own + SIDE<T> * LINE<T, SIDE<T>>) * sizeof(T);
-  constexpr size_t bytes_k = (own + 4 * STREAMED * LINE<T, D> + 2 * STREAMED * LINE<T, SIDE<T>>) * sizeof(T);
-  const auto blocks = [](int64_t tiles) { return unsigned(tiles * (LISTED / SIDE<T>)); };
+  constexpr int S = SIDE<T, D>, STEP = STREAMED<T, D>;
+  constexpr size_t own = 2 * S * LINE<T, D>;  // elements; then the streamed ones and P, dS
+  constexpr size_t bytes_q = (3 * own + S * LINE<T, S>) * sizeof(T);
+  constexpr size_t bytes_k = (own + 4 * STEP * LINE<T, D> + 2 * STEP * LINE<T, S>) * sizeof(T);
+  const auto blocks = [](int64_t tiles) { return unsigned(tiles * (LISTED / S)); };
   const dim3 of_queries(blocks(a.num_query_tiles), unsigned(a.num_heads));
   const dim3 of_keys(blocks(a.num_key_tiles), unsigned(a.num_kv_heads));
   const dim3 block(PRODUCT_THREADS);
@@ -239,6 +247,7 @@ extern "C" int onemesh_cuda_attention_varlen_grad(const AttentionVarlenGradArgs*
     using T = decltype(x);
     if constexpr (sizeof(T) == 2)
       if (args->head_dim <= 64) return launch_head<T, 64>(*args, cudaStream_t(stream));
-    return launch_head<T, 128>(*args, cudaStream_t(stream));
+    if (args->head_dim <= 128) return launch_head<T, 128>(*args, cudaStream_t(stream));
+    return launch_head<T, 256>(*args, cudaStream_t(stream));
   });
 }

@@ -130,7 +130,7 @@ struct AttentionVarlenGradArgs {
   const int32_t* heads;        // [N]
   const float* slopes;         // [N], ALiBi's, or null
   int64_t rows, num_query_tiles, num_key_tiles, num_heads, num_kv_heads;
-  int32_t head_dim;      // at most 128
+  int32_t head_dim;      // at most 256
   int32_t window;        // 0: none
   float scale, softcap;  // softcap 0: none
   int32_t dtype;

@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_grad(const Tensor q, const T
   AttentionVarlenGradArgs a{};
   a.q = call.floats("q", q, 3);
   call.check_that(q.size(1) >= 1, "q has no heads");
-  call.check_that(q.size(2) >= 1 && q.size(2) <= 128, "q has a head dim that isn't 1 to 128: ", q.size(2));
+  call.check_that(q.size(2) >= 1 && q.size(2) <= 256, "q has a head dim that isn't 1 to 256: ", q.size(2));
   set_scores(call, window, scale, softcap, a);
   set_heads(call, q, head_starts, heads, slopes, a);
   a.k = call.floats("k", k, 3);

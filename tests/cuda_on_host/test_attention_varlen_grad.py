@@ -151,6 +151,12 @@ CASES = {
     "ring, float32": Case(ring=RING, window=70, softcap=2.0, dtype=torch.float32),
     "odd head": Case(documents=(40, 7), head_dim=5, dtype=torch.float16),
     "slopes": Case(documents=RAGGED, heads=3, slopes=(0.5, 0.06, 0.0)),
+    "head 256": Case(documents=RAGGED, head_dim=256, heads=3, kv_heads=1),
+    "head 256, float32": Case(documents=(1, 33, 70), head_dim=256, window=40, softcap=2.0, dtype=torch.float32),
+    "head 160, odd heads": Case(
+        documents=(70, 9), head_dim=160, heads=5, kv_heads=4, kv_index=(2, 0, 0, 2, 1), dtype=torch.float16
+    ),
+    "ring, head 136": Case(ring=RING, head_dim=136, window=40, slopes=(0.3, 0.02)),
     "ring, slopes": Case(ring=RING, window=70, softcap=2.0, slopes=(0.3, 0.02), dtype=torch.float32),
 }
 
@@ -160,7 +166,7 @@ def test_as_the_reference(name):
     check(CASES[name], orders=ORDERS[:3])
 
 
-@pytest.mark.parametrize("name", ["ragged", "window", "float32", "uneven heads"])
+@pytest.mark.parametrize("name", ["ragged", "window", "float32", "uneven heads", "head 256"])
 def test_a_document_doesnt_depend_on_the_others(name):
     """Bit for bit: first of many, or alone."""
     case = CASES[name]
@@ -181,8 +187,8 @@ def test_a_query_doesnt_depend_on_later_ones():
 MUTANTS = {
     "queries are read before all have copied them": (
         "attention_varlen_grad.cu",
-        "    __syncthreads();\n    Tile<T, STREAMED, S, 2> scores, grads;",
-        "    Tile<T, STREAMED, S, 2> scores, grads;",
+        "    __syncthreads();\n    Tile<T, STEP, S, 2> scores, grads;",
+        "    Tile<T, STEP, S, 2> scores, grads;",
     ),
     "the gradient of lse is forgotten": (
         "attention_varlen_grad.cu",
@@ -226,8 +232,10 @@ def test_sanitizers(kind):
         check(case, kind=kind, orders=(FORWARD, seeded(4)))
     check(CASES["ring"], kind=kind)
     check(CASES["ring, float32"], kind=kind)
+    for name in ("head 256", "head 256, float32"):
+        check(replace(CASES[name], documents=(35,)), kind=kind)
 
 
 def test_a_head_that_no_kernel_takes():
     with pytest.raises(AssertionError, match=r"\[1\]"):
-        grads_of(Case(documents=(4,), head_dim=136))
+        grads_of(Case(documents=(4,), head_dim=264))
