@@ -1,7 +1,8 @@
 """Loads the CUDA backend: the ops of `kernels.reference` for float32, float16 and bfloat16 on NVIDIA GPUs.
 
 `kernels/cuda/` has the sources, `ONEMESH_CUDA=1 make install` builds them. `cuda_attention`, `cuda_linear`,
-`cuda_loss`, `cuda_rows` and `cuda_sampling` offer them. No GPU has run them: `docs/cuda.md` says what is known.
+`cuda_loss`, `cuda_prefix`, `cuda_rows` and `cuda_sampling` offer them. No GPU has run them: `docs/cuda.md` says what is
+known.
 """
 
 from pathlib import Path

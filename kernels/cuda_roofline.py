@@ -27,8 +27,8 @@ from kernels.cuda_layout import (
 from kernels.documents import Documents
 
 CPU = torch.device("cpu")
-TILE, ROWS, THREADS = 32, 16, 128
-"""Keys per tile, rows of a warp's tensor-core tile, threads of a block of the row kernels."""
+TILE, ROWS, THREADS, MERGE_LANES = 32, 16, 128, 8
+"""Keys per tile, rows of a warp's tensor-core tile, threads of a block of the row kernels, of a pair of a merge."""
 FEW_LIMIT, FEW, MANY, DEPTH = 32, (16, 64), (128, 128), 32
 """Of linear.cu in 16 bits: rows up to which the small tile is taken, the two tiles, what a stage has of the depth."""
 STREAMED, DELTA_PAIRS, WIDE_HEAD = 32, 4, 128
@@ -112,6 +112,22 @@ def row_kernels(s: Shape, tokens: int) -> Iterator[Cost]:
     blocks = -(-(elements + copied) // (16 * THREADS))
     megabytes = (4 * (elements + copied) + 8 * tokens * s.head_dim) / 1e6
     yield Cost("rotary + pages", case, blocks, megabytes, 3e-9 * elements)
+
+
+def embedding(s: Shape, tokens: int) -> Iterator[Cost]:
+    """Rows of as many different ids, with the ids; the gradient with where they stand, without clearing its table."""
+    case, elements = f"{s.name}, {tokens} tokens", tokens * s.width
+    blocks = tokens * -(-s.width // (8 * THREADS))
+    yield Cost("embedding", case, blocks, (4 * elements + 8 * tokens) / 1e6, 0.0)
+    yield Cost("embedding, gradient", case, blocks, (4 * elements + 16 * tokens) / 1e6, elements / 1e9)
+
+
+def merge(s: Shape, tokens: int) -> Iterator[Cost]:
+    """Of attention over a prefix with that over the documents: two parts to one, then one gradient to two."""
+    case, pairs = f"{s.name}, {tokens} tokens", tokens * s.heads
+    blocks, elements = -(-pairs * MERGE_LANES // THREADS), pairs * s.head_dim
+    yield Cost("merge", case, blocks, (6 * elements + 12 * pairs) / 1e6, 3 * elements / 1e9)
+    yield Cost("merge, gradients", case, blocks, (10 * elements + 20 * pairs) / 1e6, 6 * elements / 1e9)
 
 
 def attention(s: Shape, chunks: list[tuple[int, int]], *, packed: bool = False) -> Cost:
@@ -248,6 +264,8 @@ def costs() -> Iterator[Cost]:
         yield attention(s, [(512, 512)] * 8, packed=True)
         yield attention_gradients(s, 8, 512)
         yield attention_gradients(s, 2, 2048)
+        yield from merge(s, 4096)
+        yield from embedding(s, 4096)
         yield from linear(s, 1)
         yield from linear(s, 32)
         yield from linear(s, 4096)

@@ -1,4 +1,5 @@
-"""Ops over rows of the CUDA backend: norms, rotary embedding, gates, the writing of pages (`kernels/cuda/rows.cu`)."""
+"""Ops over rows of the CUDA backend: norms, rotary embedding, gates, the writing of pages (`kernels/cuda/rows.cu`), and
+the embedding (`kernels/cuda/embedding.cu`)."""
 
 import torch
 from torch import Tensor
@@ -85,3 +86,26 @@ def write_pages(
     torch.ops.onemesh_cuda.write_pages(
         key_cache_PSKH, value_cache_PSKH, k_TKH.contiguous(), v_TKH.contiguous(), slots_T.contiguous()
     )
+
+
+def embedding(ids_T: Tensor, w_VD: Tensor) -> Tensor:
+    """`reference.embedding`, but an id that w doesn't have gives a row of NaN: ids aren't looked at on the host.
+
+    In the gradient a row's tokens are summed in float32, in their order, whatever other ids there are.
+    """
+    ids_T = ids_T.to(torch.int64)
+    if not torch.is_grad_enabled():
+        return _embedding(ids_T, w_VD)
+    return autograd_rows.Embedding.apply(ids_T, w_VD, _embedding, _embedding_gradient)
+
+
+def _embedding(ids_T: Tensor, w_VD: Tensor) -> Tensor:
+    return torch.ops.onemesh_cuda.embedding(w_VD.contiguous(), ids_T.contiguous())
+
+
+def _embedding_gradient(grad_TD: Tensor, ids_T: Tensor, w_VD: Tensor) -> Tensor:
+    """[V, D] in w.dtype. The ids are sorted by torch; sorting stably keeps the order of a row's tokens."""
+    out_VD = torch.zeros_like(w_VD, memory_format=torch.contiguous_format, requires_grad=False)
+    sorted_ids, places = ids_T.sort(stable=True)
+    torch.ops.onemesh_cuda.embedding_grad(out_VD, grad_TD.contiguous(), sorted_ids, places)
+    return out_VD

@@ -17,6 +17,7 @@ from kernels import (
     cuda_linear,
     cuda_loss,
     cuda_ops,
+    cuda_prefix,
     cuda_rows,
     invariance,
     reference,
@@ -140,18 +141,21 @@ CUDA = replace(
     add_weight_gradient=cuda_linear.add_weight_gradient,
     log_sum_exp=cuda_loss.log_sum_exp,
     loss_gradient=cuda_loss.loss_gradient,
+    embedding=cuda_rows.embedding,
     rms_norm=cuda_rows.rms_norm,
     add_rms_norm=cuda_rows.add_rms_norm,
     rotary=cuda_rows.rotary,
     silu_gate=cuda_rows.silu_gate,
     gelu_gate=cuda_rows.gelu_gate,
     attention_varlen=cuda_attention.attention_varlen,
+    attention_prefix=cuda_prefix.attention_prefix,
+    merge_attention=cuda_prefix.merge_attention,
     write_pages=cuda_rows.write_pages,
     rotary_write=cuda_rows.rotary_write,
     paged_layout=CudaLayout.build,
     attention_paged=cuda_attention.attention_paged,
 )
-"""The CUDA backend, once `cuda_ops.load` has loaded its library; what it lacks is the reference's."""
+"""The CUDA backend, once `cuda_ops.load` has loaded its library; `rotary_angles` and `log_softmax` are torch's."""
 
 
 def select(device: torch.device, dtype: torch.dtype) -> Ops:

@@ -84,6 +84,14 @@ def _check_rows() -> None:
     rotary.refuses("cos", ROWS[:3], "size 3 in dim 0, not 6")
     rotary.refuses("sin", WEIGHT[:, :3].contiguous(), "size 3 in dim 0, not 6")
     rotary.refuses("x", HEADS[..., :3].contiguous(), "odd head dim 3")
+    gather = Fuzz("embedding", {"weight": WEIGHT, "ids": SLOTS})
+    gather.run()
+    rows = {"grad": ROWS, "ids": SLOTS, "places": SLOTS, "out": torch.zeros(3, 4)}
+    scatter = Fuzz("embedding_grad", rows)
+    scatter.run()
+    scatter.refuses("ids", SLOTS[:5], "size 5 in dim 0, not 6")
+    scatter.refuses("places", SLOTS[:5], "size 5 in dim 0, not 6")
+    scatter.refuses("out", torch.zeros(3, 5), "size 5 in dim 1, not 4")
     pages = {"k": KV_HEADS, "v": KV_HEADS, "key_cache": PAGES.clone(), "value_cache": PAGES.clone(), "slots": SLOTS}
     for fuzz in (Fuzz("write_pages", pages), Fuzz("rotary_write", rotary.arguments | {"q": HEADS} | pages)):
         fuzz.arguments.pop("x", None)
@@ -165,6 +173,17 @@ def _check_attention() -> None:
     backward.refuses("key_tiles", packed.whole, "size 2 in dim 1, not 6")
     wide = {name: varlen[name].repeat(1, 1, 65) for name in "qkv"}
     Fuzz(backward.op, backward.arguments | wide).refuses("q", wide["q"], "head dim that isn't 1 to 256: 260")
+
+    parts = {"first": HEADS, "first_lse": lse, "second": HEADS, "second_lse": lse}
+    merge = Fuzz("attention_merge", parts)
+    merge_grad = Fuzz("attention_merge_grad", parts | {"grad_out": HEADS, "grad_lse": lse})
+    merge_grad.refuses("grad_out", HEADS[:5], "size 5 in dim 0, not 6")
+    merge_grad.refuses("grad_lse", lse[:5], "size 5 in dim 0, not 6")
+    for fuzz in (merge, merge_grad):
+        fuzz.run()
+        fuzz.refuses("second", KV_HEADS, "size 1 in dim 1, not 2")
+        fuzz.refuses("first_lse", lse[:5], "size 5 in dim 0, not 6")
+        fuzz.refuses("second_lse", lse[:, :1].contiguous(), "size 1 in dim 1, not 2")
 
     layout = CudaLayout.build([2, 4], [2, 4], [[0], [1]], page_size=4)
     work = layout.work(0, 2)

@@ -9,16 +9,13 @@ library, the ops and sources compiled by g++, whose ops take tensors on the CPU.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import cuda_sampling, sampling
 from kernels.dispatch import CUDA, REFERENCE
-from kernels.documents import Documents
 from kernels.ops import LowRank, Ops, Part
 from kernels.reference import working_dtype
 from parallel.comm import Group
@@ -27,46 +24,12 @@ from parallel.mesh import Mesh
 from parallel.model.attend import DocumentAttend
 from parallel.model.load import build_decoder
 from parallel.model.step import Step
-from serve.request import INVALID_TOKEN, Request, SamplingParams
-from serve.sampler import Sampler
-from tests import cuda_arguments
+from tests import cuda_arguments, cuda_attention, cuda_draws
+from tests.cuda_compare import Tensors, compare, exactly
 from tests.cuda_host import DTYPES, assert_as_plain, draw
 from tests.models import TINY, RandomWeights
 
-Tensors = dict[str, Tensor]
-Case = Callable[[Ops, Tensors], Sequence[Tensor]]
-
-
-def compare(
-    case: Case, inputs: Tensors, dtype: torch.dtype, *, grad: bool = False, masters: Collection[str] = ()
-) -> None:
-    """The case's results by CUDA's ops against those of the reference in the same dtype and in float64.
-
-    inputs: float32; they become `dtype`, masters float32. With `grad` the results are the gradients of a sum of the
-    case's results with random weights, in every input.
-    """
-
-    def run(ops: Ops, dtype: torch.dtype) -> list[Tensor]:
-        work = working_dtype(dtype)
-        values = {k: x.to(work if k in masters else dtype, copy=True).requires_grad_(grad) for k, x in inputs.items()}
-        if not grad:
-            with torch.no_grad():
-                return list(case(ops, values))
-        results = case(ops, values)
-        seeds = [draw(50 + i, x.numel()).view(x.shape).bfloat16().to(x.dtype) for i, x in enumerate(results)]
-        return list(torch.autograd.grad(results, list(values.values()), seeds))
-
-    triples = zip(run(CUDA, dtype), run(REFERENCE, dtype), run(REFERENCE, torch.float64), strict=True)
-    for got, plain, exact in triples:
-        assert_as_plain(got, plain, exact)
-
-
-def exactly(inputs: Tensors) -> Tensors:
-    """The same, in values that all three dtypes hold."""
-    return {name: x.half().bfloat16().float() for name, x in inputs.items()}
-
-
-# Rows and serving
+# Rows
 
 
 def check_rows() -> None:
@@ -118,57 +81,25 @@ def _check_fused_rows(a: Tensor, b: Tensor, rows: Tensor, angle: Tensor) -> None
     assert out.shape == (0, 5, 64) and lse.shape == (0, 5)
 
 
-def check_attention_paged() -> None:
-    """With prefixes, a window, a cap, slopes and heads shared unevenly."""
-    options: dict[str, Any] = {"kv_index": (0, 1, 1, 0, 0), "window": 60, "scale": 0.2, "soft_cap": 3.0}
-    options["alibi_slopes"] = [0.1, 0.2, 0.3, 0.4, 0.5]
-    tables: dict[str, Any] = {"page_size": 16, "prefix_lengths": [0, 20, 3], "prefix_tables": [[], [20, 21], [22]]}
-
-    def attend(ops: Ops, t: Tensors) -> Sequence[Tensor]:
-        layout = ops.paged_layout([1, 50, 9], [200, 90, 9], [range(13), range(13, 19), [19]], **tables)
-        return (ops.attention_paged(t["q"], t["k"], t["v"], layout, **options)[0],)
-
-    inputs = {"q": draw(0, 60, 5, 64), "k": draw(1, 23, 16, 2, 64), "v": draw(2, 23, 16, 2, 64)}
-    for dtype in DTYPES:
-        compare(attend, exactly(inputs), dtype)
-
-
-def check_attention_varlen() -> None:
-    """Values and gradients, of wide heads too; `Documents`."""
-    bounds, options = [0, 1, 40, 40, 60], {"kv_index": (0, 1, 1, 0, 0), "window": 9, "scale": 0.2, "soft_cap": 2.0}
-
-    def attend(ops: Ops, t: Tensors, **more: Any) -> Sequence[Tensor]:
-        return ops.attention_varlen(t["q"], t["k"], t["v"], bounds, **(options | more))
-
-    for dtype in DTYPES:
-        for head_dim in (64, 24, 128):
-            shapes = {"q": (60, 5, head_dim), "k": (60, 2, head_dim), "v": (60, 2, head_dim)}
-            inputs = exactly({name: draw(i, *shape) for i, (name, shape) in enumerate(shapes.items())})
-            compare(attend, inputs, dtype)
-            compare(attend, inputs, dtype, grad=True)
-            for only in (0, 1):  # a gradient of out alone, or of lse alone
-                compare(
-                    lambda o, t, i=only: (attend(o, t)[i], *(x.sum() * 0 for x in t.values())), inputs, dtype, grad=True
-                )
-            compare(lambda o, t: attend(o, t, alibi_slopes=[0.1, 0.2, 0.3, 0.0, 0.5]), inputs, dtype, grad=True)
-    ring = Documents(query_bounds=(0, 20, 60), key_bounds=(0, 50, 60), offsets=(-3, 25))
-    for dtype in DTYPES:
-        shapes = {"q": (60, 4, 64), "k": (60, 2, 64), "v": (60, 2, 64)}
-        inputs = exactly({name: draw(i, *shape) for i, (name, shape) in enumerate(shapes.items())})
-        for window in (None, 20):
-            compare(
-                lambda o, t, w=window: o.attention_varlen(*t.values(), ring, window=w, scale=0.2)[:1], inputs, dtype
-            )
-            compare(
-                lambda o, t, w=window: o.attention_varlen(*t.values(), ring, window=w, scale=0.2),
-                inputs,
-                dtype,
-                grad=True,
-            )
-        shapes = {"q": (60, 5, 256), "k": (60, 2, 256), "v": (60, 2, 256)}
-        wide = exactly({name: draw(i, *shape) for i, (name, shape) in enumerate(shapes.items())})
-        compare(attend, wide, dtype)
-        compare(attend, wide, dtype, grad=True)
+def check_embedding() -> None:
+    """Rows and their gradient, in which an id stands often; a row's gradient doesn't depend on other ids."""
+    ids = torch.randint(0, 40, (90,), generator=torch.Generator().manual_seed(2))
+    ids[::3] = 7
+    for width in (64, 37, 1100):
+        inputs = exactly({"w": draw(1, 50, width)})
+        for dtype in DTYPES:
+            compare(lambda o, t: (o.embedding(ids, t["w"]), o.embedding(ids.int(), t["w"])), inputs, dtype)
+            compare(lambda o, t: (o.embedding(ids, t["w"]),), inputs, dtype, grad=True)
+    w, grad = draw(1, 50, 37).requires_grad_(), draw(2, 90, 37)
+    (whole,) = torch.autograd.grad(CUDA.embedding(ids, w), w, grad)
+    (alone,) = torch.autograd.grad(CUDA.embedding(ids[ids == 7], w), w, grad[ids == 7])
+    assert whole[7].equal(alone[7]) and whole[40:].equal(torch.zeros(10, 37))
+    assert CUDA.embedding(ids[:0], w).shape == (0, 37)
+    outside = torch.tensor([3, -1, 50, 1 << 40])
+    out = CUDA.embedding(outside, w)
+    assert out[0].equal(w[3]) and out[1:].isnan().all()
+    (only,) = torch.autograd.grad(out[:1].sum(), w)
+    assert only[3].equal(torch.ones(37)) and only.count_nonzero() == 37
 
 
 # Linears
@@ -282,7 +213,7 @@ def check_row_invariance() -> None:
         assert CUDA.log_sum_exp(logits[7:9]).equal(lse[7:9])
 
 
-# The loss, training, draws
+# The loss, training
 
 
 def check_loss() -> None:
@@ -337,63 +268,9 @@ def check_training() -> None:
             assert error <= 2 * allowed + torch.finfo(dtype).eps, f"{name}: {error}, plain {allowed}"
 
 
-def check_draws() -> None:
-    """The tokens that the host draws."""
-    generator = torch.Generator().manual_seed(3)
-    logits, count = torch.randn(5, 1000, generator=generator) * 3, 40
-    rows = torch.randint(0, 5, (count,), generator=generator)
-    temperature = torch.rand(count, generator=generator, dtype=torch.float64)
-    temperature[::7] = 0
-    top_k, top_p, min_p, u = (
-        torch.randint(0, 50, (count,), generator=generator),
-        *torch.rand(3, count, generator=generator, dtype=torch.float64),
-    )
-    numbers = (temperature, top_k, top_p, min_p * 0.1, u)
-    assert cuda_sampling.draw(logits, rows, *numbers).equal(sampling.draw(logits, rows, *numbers))
-    empty = [x[:0] for x in (rows, *numbers)]
-    assert cuda_sampling.draw(logits, *empty).shape == (0,)
-    asked = (rows, torch.arange(count), torch.arange(count) % 7)
-    for got, wanted in zip(cuda_sampling.logprobs(logits, *asked), sampling.logprobs(logits, *asked), strict=True):
-        assert got.dtype == wanted.dtype and got.shape == wanted.shape
-        assert got.equal(wanted) if got.dtype == torch.int64 else got.allclose(wanted, rtol=0, atol=1e-9)
-    found, top_ids, top_values = cuda_sampling.logprobs(logits, *(x[:0] for x in asked))
-    assert found.shape == (0,) and top_ids.shape == top_values.shape == (0, 0)
-
-
-def check_sampler() -> None:
-    """The server's sampler with the ops of the GPU: the host's tokens and log-probabilities, adjusted rows among them."""
-    on_gpu = sampling.SamplingOps(name="cuda", draw=cuda_sampling.draw, logprobs=cuda_sampling.logprobs, device="cpu")
-    logits = torch.randn(6, 500, generator=torch.Generator().manual_seed(4)) * 3
-    logits[4, 3] = torch.nan
-    params: Sequence[dict[str, Any]] = (
-        {"temperature": 0.0},
-        {"temperature": 0.7, "top_k": 20, "logprobs": 5},
-        {"repetition_penalty": 1.3, "logprobs": 2},
-        {"top_p": 0.8, "min_p": 0.01},
-        {"logprobs": 1},
-        {"logit_bias": ((7, 20.0),), "logprobs": 0},
-    )
-    requests = [Request(id=str(i), prompt=(1, 2), sampling=SamplingParams(**one)) for i, one in enumerate(params)]
-    for output in ([], [7, 7, 9]):
-        histories = [[*request.prompt, *output] for request in requests]
-        (ids, details), (wanted_ids, wanted) = (
-            Sampler(frozenset({2}), ops).sample(logits, requests, histories) for ops in (on_gpu, sampling.NUMPY)
-        )
-        assert ids == wanted_ids and ids[4] == INVALID_TOKEN and details[4] is None
-        for one, other in zip(details, wanted, strict=True):
-            if one is None or other is None:
-                assert one is other
-                continue
-            assert one.id == other.id and [id for id, _ in one.top] == [id for id, _ in other.top]
-            values, others = ([x.logprob, *(value for _, value in x.top)] for x in (one, other))
-            assert torch.tensor(values, dtype=torch.float64).allclose(
-                torch.tensor(others, dtype=torch.float64), rtol=0, atol=1e-9
-            )
-
-
 CHECKS: dict[str, Callable[[], None]] = {
     name.removeprefix("check_"): check
-    for name, check in (globals() | vars(cuda_arguments)).items()
+    for name, check in (globals() | vars(cuda_arguments) | vars(cuda_attention) | vars(cuda_draws)).items()
     if name.startswith("check_")
 }
 

@@ -160,6 +160,11 @@ CLAIMS = [
     Claim(kernel=r"log_sum_exp<\w+, true>", registers=40, threads=256, warps=48, has=(LDG,)),
     Claim(kernel=r"loss_gradient<\w+, \w+, true>", registers=40, threads=256, warps=48, has=(LDG, STG)),
     Claim(kernel=r"(log_sum_exp<\w+|loss_gradient<\w+, \w+), false>", registers=40, threads=256, warps=48),
+    Claim(kernel=r"embedding<\w+, true>", registers=32, threads=128, warps=48, has=(LDG, STG)),
+    Claim(kernel=r"embedding_grad<\w+, true>", registers=40, threads=128, warps=48, has=(LDG, STG)),
+    Claim(kernel=r"embedding(_grad)?<\w+, false>", registers=40, threads=128, warps=48),
+    Claim(kernel=r"merge(_grad)?<\w+, true>", registers=64, threads=128, warps=32, has=(LDG, STG)),
+    Claim(kernel=r"merge(_grad)?<\w+, false>", registers=64, threads=128, warps=32),
     Claim(kernel="draw|logprobs", registers=64, threads=256, warps=32),
 ]
 

@@ -136,6 +136,54 @@ struct AttentionVarlenGradArgs {
   int32_t dtype;
 };
 
+// Attention over the union of two disjoint sets of keys: out = sum p_i out_i with p_i = exp(lse_i - lse), lse = log(sum
+// exp(lse_i)). A part that saw no key has lse -inf and no share; its values are finite.
+struct AttentionMergeArgs {
+  void* out;                // [pairs, H]
+  float* lse;               // [pairs]
+  const void* first;        // [pairs, H]
+  const float* first_lse;   // [pairs]
+  const void* second;       // [pairs, H]
+  const float* second_lse;  // [pairs]
+  int64_t pairs, head_dim;
+  int32_t dtype;
+};
+
+// Its gradients, from those of out and lse.
+struct AttentionMergeGradArgs {
+  void* grad_first;         // [pairs, H]
+  float* grad_first_lse;    // [pairs]
+  void* grad_second;        // [pairs, H]
+  float* grad_second_lse;   // [pairs]
+  const void* grad_out;     // [pairs, H]
+  const float* grad_lse;    // [pairs] or null
+  const void* first;        // [pairs, H]
+  const float* first_lse;   // [pairs]
+  const void* second;       // [pairs, H]
+  const float* second_lse;  // [pairs]
+  int64_t pairs, head_dim;
+  int32_t dtype;
+};
+
+// out = weight[ids]; NaN for an id that isn't 0 .. num_ids - 1.
+struct EmbeddingArgs {
+  void* out;           // [T, D]
+  const void* weight;  // [num_ids, D]
+  const int64_t* ids;  // [T]
+  int64_t rows, width, num_ids;
+  int32_t dtype;
+};
+
+// out[id] = sum of grad over the id's places, in float32 in their order, rounded once; rows of other ids aren't written.
+struct EmbeddingGradArgs {
+  void* out;              // [num_ids, D]
+  const void* grad;       // [T, D]
+  const int64_t* ids;     // [T], rising; those outside of 0 .. num_ids - 1 are left out
+  const int64_t* places;  // [T]: the rows of grad of these ids
+  int64_t rows, width, num_ids;
+  int32_t dtype;
+};
+
 // out += (x A^T) B^T in segments of rows, each with an adapter of its own; other rows stay as they are. What A gives is
 // rounded to x's type.
 struct LoraArgs {
@@ -205,6 +253,10 @@ int onemesh_cuda_gate(const GateArgs* args, void* stream);
 int onemesh_cuda_rotary(const RotaryArgs* args, void* stream);
 int onemesh_cuda_attention_paged(const AttentionPagedArgs* args, void* stream);
 int onemesh_cuda_attention_varlen_grad(const AttentionVarlenGradArgs* args, void* stream);
+int onemesh_cuda_attention_merge(const AttentionMergeArgs* args, void* stream);
+int onemesh_cuda_attention_merge_grad(const AttentionMergeGradArgs* args, void* stream);
+int onemesh_cuda_embedding(const EmbeddingArgs* args, void* stream);
+int onemesh_cuda_embedding_grad(const EmbeddingGradArgs* args, void* stream);
 int onemesh_cuda_linear(const LinearArgs* args, void* stream);
 int onemesh_cuda_linear_grad_input(const LinearGradInputArgs* args, void* stream);
 int onemesh_cuda_linear_grad_weight(const LinearGradWeightArgs* args, void* stream);

@@ -1,4 +1,4 @@
-// Attention over cached pages and inside packed documents, and the gradients of the latter.
+// Attention over cached pages and inside packed documents, the merge of two, and the gradients of the latter.
 #include "ops.hpp"
 
 namespace {
@@ -145,11 +145,60 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_grad(const Tensor q, const T
   return {grad_q, grad_k, grad_v};
 }
 
+// The parts of a merge; first decides the shape.
+template <class Args>
+void set_parts(const Call& call, const Tensor& first, const Tensor& first_lse, const Tensor& second,
+               const Tensor& second_lse, Args& a) {
+  a.first = call.floats("first", first, 3);
+  a.second = call.floats("second", second, 3);
+  call.shape("second", second, {first.size(0), first.size(1), first.size(2)});
+  a.first_lse = call.typed<float>("first_lse", first_lse, 2, ScalarType::Float);
+  a.second_lse = call.typed<float>("second_lse", second_lse, 2, ScalarType::Float);
+  call.shape("first_lse", first_lse, {first.size(0), first.size(1)});
+  call.shape("second_lse", second_lse, {first.size(0), first.size(1)});
+  a.pairs = first.size(0) * first.size(1), a.head_dim = first.size(2), a.dtype = call.dtype();
+}
+
+std::tuple<Tensor, Tensor> attention_merge(const Tensor first, const Tensor first_lse, const Tensor second,
+                                           const Tensor second_lse) {
+  const Call call("attention_merge", "first", first);
+  AttentionMergeArgs a{};
+  set_parts(call, first, first_lse, second, second_lse, a);
+  Tensor out = torch::stable::empty_like(first), lse = torch::stable::empty_like(first_lse);
+  a.out = out.mutable_data_ptr(), a.lse = static_cast<float*>(lse.mutable_data_ptr());
+  call.run(&onemesh_cuda_attention_merge, a);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_merge_grad(const Tensor first, const Tensor first_lse,
+                                                                const Tensor second, const Tensor second_lse,
+                                                                const Tensor grad_out,
+                                                                std::optional<Tensor> grad_lse) {
+  const Call call("attention_merge_grad", "first", first);
+  AttentionMergeGradArgs a{};
+  set_parts(call, first, first_lse, second, second_lse, a);
+  a.grad_out = call.floats("grad_out", grad_out, 3);
+  call.shape("grad_out", grad_out, {first.size(0), first.size(1), first.size(2)});
+  if (grad_lse) {
+    a.grad_lse = call.typed<float>("grad_lse", *grad_lse, 2, ScalarType::Float);
+    call.shape("grad_lse", *grad_lse, {first.size(0), first.size(1)});
+  }
+  Tensor grad_first = torch::stable::empty_like(first), grad_second = torch::stable::empty_like(first);
+  Tensor grad_first_lse = torch::stable::empty_like(first_lse), grad_second_lse = torch::stable::empty_like(first_lse);
+  a.grad_first = grad_first.mutable_data_ptr(), a.grad_second = grad_second.mutable_data_ptr();
+  a.grad_first_lse = static_cast<float*>(grad_first_lse.mutable_data_ptr());
+  a.grad_second_lse = static_cast<float*>(grad_second_lse.mutable_data_ptr());
+  call.run(&onemesh_cuda_attention_merge_grad, a);
+  return {grad_first, grad_first_lse, grad_second, grad_second_lse};
+}
+
 template <class Library>
 void implement(Library& m) {
   m.impl("attention_varlen", TORCH_BOX(&attention_varlen));
   m.impl("attention_paged", TORCH_BOX(&attention_paged));
   m.impl("attention_varlen_grad", TORCH_BOX(&attention_varlen_grad));
+  m.impl("attention_merge", TORCH_BOX(&attention_merge));
+  m.impl("attention_merge_grad", TORCH_BOX(&attention_merge_grad));
 }
 
 }  // namespace
@@ -166,5 +215,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(onemesh_cuda, m) {
       "attention_varlen_grad(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor grad_out, Tensor? "
       "grad_lse, Tensor query_tiles, Tensor key_tiles, Tensor kv_heads, Tensor head_starts, Tensor heads, Tensor? "
       "slopes, int window, float scale, float softcap) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_merge(Tensor first, Tensor first_lse, Tensor second, Tensor second_lse) -> (Tensor, Tensor)");
+  m.def(
+      "attention_merge_grad(Tensor first, Tensor first_lse, Tensor second, Tensor second_lse, Tensor grad_out, "
+      "Tensor? grad_lse) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 ONEMESH_CUDA_IMPL

@@ -1,4 +1,4 @@
-// Ops over rows: RMSNorm, gates, rotary embedding and the writing of pages.
+// Ops over rows: RMSNorm, gates, rotary embedding and the writing of pages; the embedding and its gradient.
 #include "ops.hpp"
 
 namespace {
@@ -106,6 +106,34 @@ Tensor rotary_write(const Tensor q, const Tensor k, const Tensor v, const Tensor
   return out;
 }
 
+Tensor embedding(const Tensor weight, const Tensor ids) {
+  const Call call("embedding", "weight", weight);
+  EmbeddingArgs a{};
+  a.weight = call.floats("weight", weight, 2);
+  a.ids = call.longs("ids", ids, 1);
+  Tensor out = torch::stable::new_empty(weight, {ids.size(0), weight.size(1)});
+  a.out = out.mutable_data_ptr();
+  a.rows = ids.size(0), a.width = weight.size(1), a.num_ids = weight.size(0), a.dtype = call.dtype();
+  call.run(&onemesh_cuda_embedding, a);
+  return out;
+}
+
+// Into rows of out, which the caller has cleared; ids rise, places says which row of grad each has.
+void embedding_grad(Tensor out, const Tensor grad, const Tensor ids, const Tensor places) {
+  const Call call("embedding_grad", "grad", grad);
+  EmbeddingGradArgs a{};
+  a.grad = call.floats("grad", grad, 2);
+  a.ids = call.longs("ids", ids, 1);
+  a.places = call.longs("places", places, 1);
+  call.floats("out", out, 2);
+  call.size("ids", ids, 0, grad.size(0));
+  call.size("places", places, 0, grad.size(0));
+  call.size("out", out, 1, grad.size(1));
+  a.out = out.mutable_data_ptr();
+  a.rows = grad.size(0), a.width = grad.size(1), a.num_ids = out.size(0), a.dtype = call.dtype();
+  call.run(&onemesh_cuda_embedding_grad, a);
+}
+
 template <class Library>
 void implement(Library& m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
@@ -114,6 +142,8 @@ void implement(Library& m) {
   m.impl("rotary", TORCH_BOX(&rotary));
   m.impl("write_pages", TORCH_BOX(&write_pages));
   m.impl("rotary_write", TORCH_BOX(&rotary_write));
+  m.impl("embedding", TORCH_BOX(&embedding));
+  m.impl("embedding_grad", TORCH_BOX(&embedding_grad));
 }
 
 }  // namespace
@@ -127,5 +157,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(onemesh_cuda, m) {
   m.def(
       "rotary_write(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) key_cache, Tensor(b!) "
       "value_cache, Tensor slots) -> Tensor");
+  m.def("embedding(Tensor weight, Tensor ids) -> Tensor");
+  m.def("embedding_grad(Tensor(a!) out, Tensor grad, Tensor ids, Tensor places) -> ()");
 }
 ONEMESH_CUDA_IMPL

@@ -80,6 +80,7 @@ def test_the_model_and_the_lists_have_the_numbers_of_the_sources():
         f"FEW_LIMIT = {cuda_roofline.FEW_LIMIT};",
         f"constexpr int MANY = sizeof(T) == 2 ? {cuda_roofline.MANY[0]} : 64;",
         f"DEPTH = {2 * cuda_roofline.DEPTH} / sizeof(T);",
+        f"constexpr int THREADS = {cuda_roofline.THREADS}, LANES = {cuda_roofline.MERGE_LANES};",
         f"constexpr int SIDE = (sizeof(T) == 2 ? {cuda_layout.GRADIENT_ROWS} : 32) / "
         f"(D > {cuda_roofline.WIDE_HEAD} ? 2 : 1);",
         f"constexpr int STREAMED = SIDE<T, D> < {cuda_roofline.STREAMED} ? ",
