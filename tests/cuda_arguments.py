@@ -225,6 +225,13 @@ def _check_wrappers() -> None:
     numbers = (torch.ones(2), torch.tensor([0, 0]), torch.ones(2), torch.ones(2), torch.zeros(2))
     for rows in ([0, 6], [-1, 0]):
         refused(f"rows={rows} must lie in 0..5", cuda_sampling.draw, x, torch.tensor(rows), *numbers)
+    names = ("temperature", "top_k", "top_p", "min_p", "u")
+    drawn = dict(zip(names, (x.double() for x in numbers), strict=True)) | {"top_k": numbers[1]}
+    both = torch.tensor([0, 1])
+    for name, wrong in (("u", torch.ones(2)), ("top_k", both.int()), ("min_p", torch.ones(1).double())):
+        text = f"draw: {name} is {wrong.dtype} ({len(wrong)},), must be int64 or float64 (2,)"
+        refused(text, cuda_sampling.draw, x, both, *(drawn | {name: wrong}).values())
+    refused("draw: top_k must be int64", cuda_sampling.draw, x, both, *(drawn | {"top_k": drawn["u"]}).values())
     for name, values, end in (("rows", [0, 6], 5), ("ids", [-1, 3], 3), ("ids", [0, 4], 3), ("num_top", [0, 5], 4)):
         chosen = dict.fromkeys(("rows", "ids", "num_top"), torch.tensor([0, 1])) | {name: torch.tensor(values)}
         refused(f"{name}={values} must lie in 0..{end}", cuda_sampling.logprobs, x, *chosen.values())

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import cuda_sampling, sampling
 from serve.request import INVALID_TOKEN, Request, SamplingParams
@@ -64,3 +65,26 @@ def check_sampler() -> None:
             assert torch.tensor(values, dtype=torch.float64).allclose(
                 torch.tensor(others, dtype=torch.float64), rtol=0, atol=1e-9
             )
+
+
+class _Copies(TorchDispatchMode):
+    """Counts copies from one device to another."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        devices = {x.device for x in (result, *args) if isinstance(x, torch.Tensor)}
+        self.count += len(devices) > 1
+        return result
+
+
+def check_one_copy() -> None:
+    """What a draw needs besides the logits reaches another device in one copy, with its values and dtypes."""
+    numbers = {"rows": torch.tensor([2, 0, 1]), "u": torch.rand(6, dtype=torch.float64)[::2], "top_k": torch.arange(3)}
+    moved = cuda_sampling.moved("draw", numbers, torch.device("cpu"))
+    assert all(got.equal(x) and got.is_contiguous() for got, x in zip(moved, numbers.values(), strict=True))
+    with _Copies() as copies:
+        elsewhere = cuda_sampling.moved("draw", numbers, torch.device("meta"))
+    assert copies.count == 1
+    assert [(x.dtype, x.shape, x.device.type) for x in elsewhere] == [(x.dtype, (3,), "meta") for x in moved]
