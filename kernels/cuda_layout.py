@@ -28,8 +28,8 @@ GRADIENT_ROWS = 64
 """Positions per entry of `PackedWork.query_tiles`, `LISTED` of attention_varlen_grad.cu."""
 MAX_OFFSET = 1 << 30
 """Positions fit 32 bits."""
-ITEM_ROWS = 16
-"""Rows per item of a low-rank update at most, `ROWS` of lora.cu."""
+ITEM_ROWS, MOST_ADAPTERS = 16, 64
+"""Rows per item of a low-rank update at most, `ROWS` of lora.cu, and updates of a launch."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,19 +1,17 @@
 """Linears of the CUDA backend with low-rank updates and gradients (`kernels/cuda/linear.cu`, `lora.cu`).
 
 A master weight in float32 is rounded to the compute dtype at every call, forward and backward; its gradient is summed
-in float32 and stays so. The updates of all adapters in a batch are two launches, whose factors are stacked first
-(copied, if there is more than one).
+in float32 and stays so. The updates of up to 64 adapters in a batch are two launches.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import checks
-from kernels.cuda_layout import low_rank_items
+from kernels.cuda_layout import MOST_ADAPTERS, low_rank_items
 from kernels.ops import LowRank, Packed, Part, Weight
 
 
@@ -120,14 +118,16 @@ def _add_low_rank(
 ) -> Tensor:
     """Rows start .. stop - 1 of out get `(x a^T) b^T` of their factors (a, b), in place -> x a^T, [T, R].
 
-    R is the largest rank. Other rows of the result are undefined.
+    R is the largest rank; of a row the columns from its own update's rank on, and other rows, are undefined. The
+    factors are read where they lie, those of another dtype or with gaps from a copy.
     """
-    rank = max(a_RK.shape[0] for a_RK in factors[::2])
-    a = [F.pad(a_RK.to(x_TK.dtype), (0, 0, 0, rank - a_RK.shape[0])) for a_RK in factors[::2]]
-    b = [F.pad(b_NR.to(x_TK.dtype), (0, rank - b_NR.shape[1])) for b_NR in factors[1::2]]
-    a_LRK, b_LNR = (f[0][None] if len(f) == 1 else torch.stack(f) for f in (a, b))
-    items = low_rank_items(bounds, x_TK.device)
-    return torch.ops.onemesh_cuda.lora(out_TN, x_TK, a_LRK.contiguous(), b_LNR.contiguous(), items)
+    a, b = ([factor.to(x_TK.dtype).contiguous() for factor in factors[side::2]] for side in (0, 1))
+    hidden_TR = x_TK.new_empty(len(x_TK), max(a_RK.shape[0] for a_RK in a))
+    for first in range(0, len(bounds), MOST_ADAPTERS):
+        some = slice(first, first + MOST_ADAPTERS)
+        items = low_rank_items(bounds[some], x_TK.device)
+        torch.ops.onemesh_cuda.lora(out_TN, hidden_TR, x_TK, a[some], b[some], items)
+    return hidden_TR
 
 
 class _LowRank(torch.autograd.Function):

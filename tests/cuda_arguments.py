@@ -116,13 +116,20 @@ def _check_linears() -> None:
     grad_w.refuses("x", ROWS[:5], "size 5 in dim 0, not 6")
     grad_w.refuses("out", torch.zeros(3, 4).half(), "float32")
     grad_w.refuses("out", torch.zeros(4, 4), "size 4 in dim 0, not 3")
-    low_rank = {"x": ROWS, "out": grad, "a": draw(7, 2, 2, 4), "b": draw(8, 2, 3, 2)}
+    low_rank = {"x": ROWS, "out": grad, "hidden": draw(9, 6, 2), "a": [*draw(7, 2, 2, 4)], "b": [*draw(8, 2, 3, 2)]}
     lora = Fuzz("lora", low_rank | {"items": torch.tensor([[0, 0, 6]])})
     lora.run()
     lora.refuses("out", grad[:5], "size 5 in dim 0, not 6")
-    lora.refuses("a", draw(7, 2, 2, 5), "size 5 in dim 2, not 4")
-    lora.refuses("b", draw(8, 1, 3, 2), "size 1 in dim 0, not 2")
-    lora.refuses("b", draw(8, 2, 3, 4), "size 4 in dim 2, not 2")
+    lora.refuses("hidden", draw(9, 5, 2), "size 5 in dim 0, not 6")
+    lora.refuses("hidden", draw(9, 6, 1), "has 1 columns, a factor in a 2 rows")
+    lora.refuses("a", [*draw(7, 2, 2, 5)], "size 5 in dim 1, not 4")
+    lora.refuses("a", [draw(7, 2, 4), draw(7, 2, 4).half()], "another dtype than x")
+    lora.refuses("a", [draw(7, 2, 4), draw(7, 4, 2).t()], "not contiguous")
+    for most in (0, 65):
+        lora.refuses("a", [draw(7, 2, 4)] * most, f"has {most} factors, not 1 to 64")
+    lora.refuses("b", [draw(8, 3, 2)], "has 1 factors, a 2")
+    lora.refuses("b", [*draw(8, 2, 3, 4)], "size 4 in dim 1, not 2")
+    lora.refuses("b", [*draw(8, 2, 2, 2)], "size 2 in dim 0, not 3")
     lora.refuses("items", torch.zeros(2, 2, dtype=torch.int64), "size 2 in dim 1, not 3")
 
 

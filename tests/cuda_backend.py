@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -150,6 +151,7 @@ def check_linear() -> None:
     _check_wide()
     _check_own_inputs()
     _check_frozen()
+    _check_many_adapters()
     x = draw(1, 9, 8)
     parts = [
         Part(draw(2, 5, 8), draw(3, 5)),
@@ -183,6 +185,29 @@ def _check_own_inputs() -> None:
         compare(
             lambda o, t: (o.linear(t["x"], t["w"], t["bias"], _updates(t, [(2, 5), (9, 15)])),), t, dtype, grad=True
         )
+
+
+@torch.no_grad()
+def _check_many_adapters() -> None:
+    """More than a launch takes; the op is given the factors themselves, nothing is copied."""
+    x, w, ranks = draw(1, 70, 40).bfloat16(), draw(2, 24, 40).bfloat16(), [1 + i % 7 for i in range(70)]
+    factors = [(draw(i, rank, 40).bfloat16(), draw(i, 24, rank).bfloat16()) for i, rank in enumerate(ranks)]
+    updates = [LowRank(start=i, stop=i + 1, a_RK=a, b_NR=b) for i, (a, b) in enumerate(factors)]
+    given: list[Tensor] = []
+    op = torch.ops.onemesh_cuda.lora
+
+    def watched(out: Tensor, hidden: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], items: Tensor) -> None:
+        given.extend([*a, *b])
+        op(out, hidden, x, a, b, items)
+
+    with mock.patch.object(torch.ops.onemesh_cuda, "lora", watched):
+        got = CUDA.linear(x, w, None, updates)
+    assert {t.data_ptr() for t in given} == {t.data_ptr() for pair in factors for t in pair}
+    for i in (0, 1, 63, 64, 69):
+        assert got[i : i + 1].equal(CUDA.linear(x[i : i + 1], w, None, [replace(updates[i], start=0, stop=1)]))
+    exact = [u.double() for u in (x, w)]
+    wide = [replace(u, a_RK=a.double(), b_NR=b.double()) for u, (a, b) in zip(updates, factors, strict=True)]
+    assert_as_plain(got, REFERENCE.linear(x, w, None, updates), REFERENCE.linear(*exact, None, wide))
 
 
 def _check_frozen() -> None:

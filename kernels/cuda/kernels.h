@@ -190,10 +190,13 @@ struct LoraArgs {
   void* out;      // [T, N] by out_stride, float32 or of x's type
   void* hidden;   // [T, R] workspace
   const void* x;  // [T, K] by x_stride
-  const void* a;  // [L, R, K], smaller ranks filled up with zeros
-  const void* b;  // [L, N, R]
-  const int64_t* items;  // [num_items, 3]: adapter, first row, 1 to 16 rows
-  int64_t num_items, width_in, width_out, rank, x_stride, out_stride;
+  const void* a;  // [rank, K] of the first adapter
+  const void* b;  // [N, rank]
+  const int64_t* factors;  // [num_adapters, 3], the one member in host memory: where an adapter's a and b lie behind those
+                           // above, and its rank
+  const int64_t* items;    // [num_items, 3]: adapter, first row, 1 to 16 rows
+  int64_t num_adapters;    // at most 64
+  int64_t num_items, width_in, width_out, rank, x_stride, out_stride;  // rank: R, the largest
   int32_t dtype, out_dtype;
 };
 

@@ -1,4 +1,6 @@
 // Linears with both gradients, and low-rank updates of several adapters.
+#include <vector>
+
 #include "ops.hpp"
 
 namespace {
@@ -54,26 +56,43 @@ void linear_grad_weight(Tensor out, const Tensor grad, const Tensor x) {
   call.run(&onemesh_cuda_linear_grad_weight, a);
 }
 
-// out += (x a^T) b^T on the rows of the items -> x a^T, of which no other row is written.
-Tensor lora(Tensor out, const Tensor x, const Tensor factors_a, const Tensor factors_b, const Tensor items) {
+// out += (x a^T) b^T on the rows of the items, with the factors [R_i, K] and [N, R_i] of the item's adapter; x a^T comes to
+// the first R_i columns of these rows of hidden.
+void lora(Tensor out, Tensor hidden, const Tensor x, std::vector<Tensor> factors_a, std::vector<Tensor> factors_b,
+          const Tensor items) {
+  constexpr int64_t MOST = 64;
   const Call call("lora", "x", x);
   LoraArgs a{};
   a.x = call.floats("x", x, 2, true);
   a.out_dtype = call.sum("out", out, 2);
-  a.a = call.floats("a", factors_a, 3);
-  a.b = call.floats("b", factors_b, 3);
   a.items = call.longs("items", items, 2);
-  a.rank = factors_a.size(1), a.width_in = x.size(1), a.width_out = out.size(1), a.num_items = items.size(0);
+  a.num_adapters = int64_t(factors_a.size());
+  call.check_that(a.num_adapters >= 1 && a.num_adapters <= MOST, "a has ", a.num_adapters, " factors, not 1 to 64");
+  call.check_that(factors_b.size() == factors_a.size(), "b has ", factors_b.size(), " factors, a ", a.num_adapters);
+  call.floats("hidden", hidden, 2);
+  call.size("hidden", hidden, 0, x.size(0));
   call.size("out", out, 0, x.size(0));
-  call.size("a", factors_a, 2, a.width_in);
-  call.shape("b", factors_b, {factors_a.size(0), a.width_out, a.rank});
   call.size("items", items, 1, 3);
-  Tensor hidden = torch::stable::new_empty(x, {x.size(0), a.rank});
+  a.rank = hidden.size(1), a.width_in = x.size(1), a.width_out = out.size(1), a.num_items = items.size(0);
+  int64_t factors[3 * MOST];
+  const auto distance = [&](const void* to, const void* from) {  // both lie on borders of elements
+    return (reinterpret_cast<intptr_t>(to) - reinterpret_cast<intptr_t>(from)) / int64_t(x.element_size());
+  };
+  for (int64_t i = 0; i < a.num_adapters; ++i) {
+    const void* own_a = call.floats("a", factors_a[i], 2);
+    const void* own_b = call.floats("b", factors_b[i], 2);
+    const int64_t rank = factors_a[i].size(0);
+    call.size("a", factors_a[i], 1, a.width_in);
+    call.shape("b", factors_b[i], {a.width_out, rank});
+    call.check_that(rank <= a.rank, "hidden has ", a.rank, " columns, a factor in a ", rank, " rows");
+    if (!i) a.a = own_a, a.b = own_b;
+    factors[3 * i] = distance(own_a, a.a), factors[3 * i + 1] = distance(own_b, a.b), factors[3 * i + 2] = rank;
+  }
+  a.factors = factors;
   a.hidden = hidden.mutable_data_ptr();
   a.out = out.mutable_data_ptr();
   a.x_stride = x.stride(0), a.out_stride = a.width_out, a.dtype = call.dtype();
   call.run(&onemesh_cuda_lora, a);
-  return hidden;
 }
 
 template <class Library>
@@ -90,6 +109,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(onemesh_cuda, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, bool wide) -> Tensor");
   m.def("linear_grad_input(Tensor grad, Tensor weight, bool wide) -> Tensor");
   m.def("linear_grad_weight(Tensor(a!) out, Tensor grad, Tensor x) -> ()");
-  m.def("lora(Tensor(a!) out, Tensor x, Tensor a, Tensor b, Tensor items) -> Tensor");
+  m.def("lora(Tensor(a!) out, Tensor(b!) hidden, Tensor x, Tensor[] a, Tensor[] b, Tensor items) -> ()");
 }
 ONEMESH_CUDA_IMPL

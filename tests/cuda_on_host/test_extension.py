@@ -59,7 +59,7 @@ def test_it_links_loads_registers_and_refuses_tensors_on_the_cpu(library):
     code = """
 import sys, torch
 torch.ops.load_library(sys.argv[1])
-values = {"Tensor": torch.zeros(2, 2), "float": 1.0, "int": 0, "bool": False}
+values = {"Tensor": torch.zeros(2, 2), "float": 1.0, "int": 0, "bool": False, "List[Tensor]": []}
 for name in torch._C._dispatch_get_all_op_names():
     if name.startswith("onemesh_cuda::"):
         op = getattr(torch.ops.onemesh_cuda, name.split("::")[1]).default

@@ -23,13 +23,36 @@ def inputs(rows: int, width_in: int, width_out: int, rank: int, dtype: torch.dty
     return {name: draw(i, *shape).to(dtype) for i, (name, shape) in enumerate(shapes.items())}
 
 
+def own(x: dict[str, Tensor], adapter: int) -> tuple[Tensor, Tensor]:
+    """The factors of an adapter; that of the second has two ranks less."""
+    rank = x["a"].shape[1] - (2 if adapter == 1 else 0)
+    return x["a"][adapter, :rank], x["b"][adapter, :, :rank]
+
+
+def laid_out(factors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """The factors somewhere in one tensor, the last first, NaN between them; where each begins."""
+    parts, starts, length = [], [], 0
+    for factor in reversed(factors):
+        gap = -(-factor.numel() // 8) * 8 + 24 - factor.numel()  # they begin on 16-byte borders
+        parts += [factor.flatten(), factor.new_full((gap,), torch.nan)]
+        starts.insert(0, length)
+        length += factor.numel() + gap
+    return torch.cat(parts) if parts else torch.zeros(0), starts
+
+
 def updated(x: dict[str, Tensor], segments: Segments, *, kind: str = "plain", orders: Orders = (FORWARD,)) -> Tensor:
-    """By the items of the op, which has the factors of every segment in one tensor."""
-    adapters = [adapter for adapter, _, _ in segments]
-    x = x | {"a": x["a"][adapters], "b": x["b"][adapters]}
+    """By the items of the op, which is told where the factors of every segment lie."""
+    factors = [own(x, adapter) for adapter, _, _ in segments]
+    a, starts_a = laid_out([a for a, _ in factors])
+    b, starts_b = laid_out([b for _, b in factors])
+    table = [(*starts, a.shape[0]) for *starts, (a, _) in zip(starts_a, starts_b, factors, strict=True)]
     items = low_rank_items(tuple((first, end) for _, first, end in segments), torch.device("cpu"))
     (rows, width_in), (_, width_out, rank) = x["x"].shape, x["b"].shape
     values = x | {
+        "a": a,
+        "b": b,
+        "factors": torch.tensor(table, dtype=torch.int64),
+        "num_adapters": len(table),
         "hidden": torch.full((rows, rank), torch.nan, dtype=x["x"].dtype),
         "items": items,
         "num_items": len(items),
@@ -50,8 +73,8 @@ def spec(x: dict[str, Tensor], segments: Segments, dtype: torch.dtype) -> Tensor
     x = {name: t.to(dtype) for name, t in x.items()}
     out = x["out"].clone()
     for adapter, first, end in segments:
-        hidden = reference.linear(x["x"][first:end], x["a"][adapter])
-        out[first:end] += reference.linear(hidden, x["b"][adapter])
+        a, b = own(x, adapter)
+        out[first:end] += reference.linear(reference.linear(x["x"][first:end], a), b)
     return out
 
 
@@ -91,8 +114,9 @@ def test_a_sum_in_float32_is_not_rounded(dtype):
     x["out"] = draw(9, 53, 72) * 1e4
     got, plain = updated(x, SEGMENTS), spec(x, SEGMENTS, torch.float64)
     for adapter, first, end in SEGMENTS:
-        hidden = (x["x"][first:end].float() @ x["a"][adapter].float().T).to(dtype).double()
-        plain[first:end] = x["out"][first:end].double() + hidden @ x["b"][adapter].double().T
+        a, b = own(x, adapter)
+        hidden = (x["x"][first:end].float() @ a.float().T).to(dtype).double()
+        plain[first:end] = x["out"][first:end].double() + hidden @ b.double().T
     assert got.dtype == torch.float32
     assert_as_plain(got, plain.float(), plain)
 
@@ -104,7 +128,12 @@ def test_without_an_adapter_nothing_is_launched():
 
 MUTANTS = {
     "a segment that runs into the next": ("lora.cu", "first + r >= end || ", ""),
-    "the first adapter for all": ("lora.cu", " + adapter * width * depth", ""),
+    "the first adapter for all": ("lora.cu", "static_cast<const T*>(a.b) + a.factors[3 * i + 1]", "factors.b[0]"),
+    "the largest rank for all": (
+        "lora.cu",
+        "const int64_t rank = factors.rank[adapter]",
+        "const int64_t rank = a.rank",
+    ),
 }
 """What stands there instead: these cases must notice."""
 
@@ -121,6 +150,13 @@ def test_a_mutant_is_noticed(name, tmp_path, monkeypatch):
 def test_sanitizers(kind):
     for dtype in (torch.bfloat16, torch.float32):
         check(inputs(50, 40, 70, 5, dtype), kind=kind, orders=(FORWARD, seeded(6)))
+
+
+def test_more_adapters_than_a_launch_takes_are_refused():
+    x = inputs(65, 8, 8, 3, torch.bfloat16)
+    updated(x, [(i % 3, i, i + 1) for i in range(64)])
+    with pytest.raises(AssertionError, match=r"\[1\]"):
+        updated(x, [(i % 3, i, i + 1) for i in range(65)])
 
 
 def test_another_result_type_is_refused():

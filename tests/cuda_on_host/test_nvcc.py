@@ -85,7 +85,8 @@ def test_the_model_and_the_lists_have_the_numbers_of_the_sources():
         f"(D > {cuda_roofline.WIDE_HEAD} ? 2 : 1);",
         f"constexpr int STREAMED = SIDE<T, D> < {cuda_roofline.STREAMED} ? ",
         f"constexpr int LISTED = {cuda_layout.GRADIENT_ROWS}, ",
-        f"constexpr int ROWS = {cuda_layout.ITEM_ROWS}, COLUMNS = {cuda_roofline.FEW[1]};",
+        f"constexpr int ROWS = {cuda_layout.ITEM_ROWS}, COLUMNS = {cuda_roofline.FEW[1]}, "
+        f"MOST_ADAPTERS = {cuda_layout.MOST_ADAPTERS};",
     ):
         assert line in text, line
 
