@@ -70,9 +70,15 @@ def check_attention_varlen() -> None:
         compare(attend, wide, dtype, grad=True)
 
 
-@mock.patch.object(cuda_prefix, "GRADIENT_QUERIES", 16)
 def check_prefix() -> None:
-    """Attention over a prefix and its merge: values and gradients, of more queries than share a copy of it."""
+    """Attention over a prefix and its merge: values and gradients, row-invariance, odd cases."""
+    _check_prefix_gradients()
+    _check_prefix_alone()
+
+
+@mock.patch.object(cuda_prefix, "GRADIENT_QUERIES", 16)
+def _check_prefix_gradients() -> None:
+    """Of more queries than share a copy of the prefix, with and without the merge."""
     for rows, entries, heads in ((37, 20, 64), (7, 70, 256), (5, 1, 24), (3, 0, 64)):
         shapes = {"q": (rows, 5, heads)} | dict.fromkeys("kv" if entries else "", (entries, 2, heads))
         inputs = exactly({name: draw(i, *shape) for i, (name, shape) in enumerate(shapes.items())})
@@ -101,7 +107,7 @@ def check_prefix() -> None:
                 compare(lambda o, t: attend(o, t, merged=False), inputs, dtype, grad=True)
 
 
-def check_prefix_alone() -> None:
+def _check_prefix_alone() -> None:
     """The bits of a query don't depend on how many there are; three parts; no rows; nothing of the reference runs."""
     q, k, v = draw(1, 300, 4, 64).bfloat16(), draw(2, 20, 2, 64).bfloat16(), draw(3, 20, 2, 64).bfloat16()
     parts = [CUDA.attention_prefix(q, k[i : i + 5], v[i : i + 5], scale=0.2) for i in (0, 5, 10)]

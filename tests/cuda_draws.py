@@ -14,7 +14,8 @@ from serve.sampler import Sampler
 
 
 def check_draws() -> None:
-    """The tokens that the host draws."""
+    """The tokens that the host draws; their numbers are copied once."""
+    _check_one_copy()
     generator = torch.Generator().manual_seed(3)
     logits, count = torch.randn(5, 1000, generator=generator) * 3, 40
     rows = torch.randint(0, 5, (count,), generator=generator)
@@ -79,7 +80,7 @@ class _Copies(TorchDispatchMode):
         return result
 
 
-def check_one_copy() -> None:
+def _check_one_copy() -> None:
     """What a draw needs besides the logits reaches another device in one copy, with its values and dtypes."""
     numbers = {"rows": torch.tensor([2, 0, 1]), "u": torch.rand(6, dtype=torch.float64)[::2], "top_k": torch.arange(3)}
     moved = cuda_sampling.moved("draw", numbers, torch.device("cpu"))
