@@ -12,6 +12,7 @@ network only. Any server with OpenAI's /v1/completions, vLLM's ignore_eos and /t
 """
 
 import asyncio
+import gc
 import ipaddress
 import json
 import random
@@ -53,6 +54,14 @@ class Outcome:
     input_tokens: int = 0
     output_tokens: int = 0
     error: str | None = None
+
+    def note(self, event: Mapping[str, Any]) -> None:
+        """Takes one event of the stream. Raises LookupError or TypeError for one that isn't OpenAI's."""
+        if event["choices"] and event["choices"][0]["text"]:
+            self.pieces.append(time.perf_counter())
+        if event.get("usage"):
+            self.input_tokens = event["usage"]["prompt_tokens"]
+            self.output_tokens = event["usage"]["completion_tokens"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,12 +135,7 @@ async def _request(target: Target, arrival: Arrival, outcome: Outcome, rng: rand
         "stream_options": {"include_usage": True},
     }
     try:
-        async for event in target.server.stream("/v1/completions", body):
-            if event["choices"] and event["choices"][0]["text"]:
-                outcome.pieces.append(time.perf_counter())
-            if event.get("usage"):
-                outcome.input_tokens = event["usage"]["prompt_tokens"]
-                outcome.output_tokens = event["usage"]["completion_tokens"]
+        await target.server.stream("/v1/completions", body, outcome.note)
         outcome.error = None
     except (HttpError, LookupError, TypeError) as error:
         outcome.error = str(error) or type(error).__name__
@@ -219,6 +223,7 @@ async def bench(config: BenchConfig) -> int:
         raise ConfigError(f"requests={config.requests} must be at most {MOST_REQUESTS}")
     arrivals = plan(config)
     target = await find_target(config)
+    gc.freeze()  # collections during the load skip what was imported
     arrivals, num_cut = fit(arrivals, target.max_length)
     if num_cut:
         print(f"{num_cut} requests were cut to the model's context of {target.max_length} tokens")

@@ -2,14 +2,14 @@
 
     engine output --> Choice.accept: detokenise, watch stop strings, count, time --> Choice.take: what is new
                                   |                                                     |
-                      stop string: cancel at the engine               Generation.pieces (streams) / .finished
+                      stop string: cancel at the engine               Generation.take (streams) / .finished
 
 Tokens are turned into text the moment they arrive; a slow reader gets what has gathered in one piece.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from serve.client import EngineClient, Phase
@@ -135,13 +135,14 @@ class Choice:
 
 
 class Generation:
-    """All sequences of one HTTP request."""
+    """All sequences of one HTTP request. `on_change` is called whenever there may be something new to `take`."""
 
     def __init__(self, client: EngineClient) -> None:
         self.choices: list[Choice] = []
         self.is_cancelled = False
         self._client = client
         self._changed = asyncio.Event()
+        self.on_change: Callable[[], None] = self._changed.set
 
     def add(
         self,
@@ -160,7 +161,7 @@ class Generation:
                 show_stop_token=show_stop_token,
                 silent_stops=silent_stops,
                 client=self._client,
-                changed=self._changed.set,
+                changed=lambda: self.on_change(),
             )
         )
 
@@ -170,49 +171,50 @@ class Generation:
             self._client.submit(choice.request, choice)
 
     def cancel(self) -> None:
-        """Nobody waits any more: the engine is told at once, and `pieces` and `finished` come to an end."""
+        """Nobody waits any more: the engine is told at once, and nothing is new from now on."""
         self.is_cancelled = True
         for choice in self.choices:
             if not choice.is_done:
                 self._client.cancel(choice.request.id)
                 choice.finish("abort")
-        self._changed.set()
+        self.on_change()
+
+    def fail(self, reason: str) -> None:
+        """Ends every choice without an answer, here and at the engine."""
+        for choice in self.choices:
+            self._client.cancel(choice.request.id)
+            choice.fail(reason)
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing more will come: each choice has ended, one has failed, or the generation is cancelled."""
+        reasons = [choice.finish_reason for choice in self.choices]
+        return self.is_cancelled or None not in reasons or "error" in reasons or "abort" in reasons
 
     @property
     def num_generated(self) -> int:
         """Tokens generated so far, over all choices."""
         return sum(choice.detokenizer.num_tokens for choice in self.choices)
 
-    async def pieces(self) -> AsyncIterator[list[Piece]]:
-        """New pieces of all choices as they come, until each choice has ended or the generation is cancelled.
+    def take(self) -> list[Piece]:
+        """What is new in the choices since the last call; nothing once the generation is cancelled.
+
+        Raises ApiError when the engine failed a request.
+        """
+        if self.is_cancelled:
+            return []
+        for choice in self.choices:
+            if choice.finish_reason in ("error", "abort"):
+                status = 503 if self._client.phase is Phase.STOPPING else 500
+                raise ApiError(status, choice.error or "the engine aborted the request")
+        return [piece for choice in self.choices if (piece := choice.take()) is not None]
+
+    async def finished(self) -> list[Piece]:
+        """The whole choices, once they have ended; none if the generation is cancelled.
 
         Raises ApiError when the engine fails a request.
         """
-        while not self.is_cancelled:
+        while not self.is_over:
             await self._changed.wait()
             self._changed.clear()
-            self._raise_errors()
-            taken = [choice.take() for choice in self.choices]
-            ready = [piece for piece in taken if piece is not None]
-            if ready and not self.is_cancelled:
-                yield ready
-            if all(choice.is_done for choice in self.choices):
-                return
-
-    async def finished(self) -> Sequence[Piece]:
-        """The whole choices; those of a cancelled generation are cut short.
-
-        Raises ApiError when the engine fails a request.
-        """
-        while not all(choice.is_done for choice in self.choices):
-            await self._changed.wait()
-            self._changed.clear()
-            self._raise_errors()
-        self._raise_errors()
-        return [piece for piece in (choice.take() for choice in self.choices) if piece is not None]
-
-    def _raise_errors(self) -> None:
-        failed = [choice for choice in self.choices if choice.finish_reason in ("error", "abort")]
-        if failed and not self.is_cancelled:
-            status = 503 if self._client.phase is Phase.STOPPING else 500
-            raise ApiError(status, failed[0].error or "the engine aborted the request")
+        return self.take()

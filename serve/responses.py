@@ -56,6 +56,11 @@ class Head:
 class Answer(Protocol):
     """How pieces of choices look on the wire."""
 
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with the token counts."""
+        ...
+
     def whole(self, pieces: Sequence[Piece], counts: Mapping[str, int]) -> dict[str, Any]:
         """The body of an answer that isn't streamed."""
         ...
@@ -71,6 +76,29 @@ class Answer(Protocol):
     def counts(self, counts: Mapping[str, int]) -> dict[str, Any]:
         """The last chunk of a stream whose client asked for usage."""
         ...
+
+
+class Frames:
+    """The events of one stream: `answer.chunks`, but mere text is put into a frame that is rendered once a choice."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
+
+    def events(self, piece: Piece) -> bytes:
+        """The events of one piece."""
+        if not piece.text or piece.reports or piece.finish_reason is not None:
+            return b"".join(map(event, self._answer.chunks(piece)))
+        if piece.index not in self._frames:
+            self._frames[piece.index] = self._frame(piece.index)
+        before, after = self._frames[piece.index]
+        return before + _ENCODER.encode(piece.text).encode() + after
+
+    def _frame(self, index: int) -> tuple[bytes, bytes]:
+        """What stands before and behind the text; no other text follows it."""
+        (chunk,) = self._answer.chunks(Piece(index=index, text="\0"))
+        before, _, after = event(chunk).rpartition(rb'"\u0000"')
+        return before, after
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,18 +1,15 @@
-"""The HTTP interface: routes, checks that need the model, streams, and what happens when a client leaves."""
+"""The HTTP interface: routes, and the checks that need the model."""
 
-import asyncio
-import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
 
 from serve import responses
 from serve.access import Guard
@@ -32,14 +29,16 @@ from serve.protocol import (
 from serve.request import Request as EngineRequest
 from serve.request import RequestError
 from serve.responses import Answer, ChatAnswer, CompletionAnswer, Head
+from serve.stream import EventStream, Outbox, cancelled_with_client
 from serve.text import Prompt, TextModel
 
 
 @dataclass(kw_only=True)
 class State:
-    """What the routes share: the engine, and the tokenizer once it is loaded."""
+    """What the routes share: the engine, the way out for streams, and the tokenizer once it is loaded."""
 
     client: EngineClient
+    outbox: Outbox = field(default_factory=Outbox)
     text: TextModel | None = None
 
     @property
@@ -166,7 +165,7 @@ def _add_generation(app: FastAPI, state: State) -> None:
             with_usage=_wants_usage(body),
         )
         generation = _generation(state, text, model, body, answer.head.id, [prompt])
-        return await _respond(request, body, answer, generation, [prompt])
+        return await _respond(state, request, body, answer, generation, [prompt])
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
@@ -185,7 +184,7 @@ def _add_generation(app: FastAPI, state: State) -> None:
         if body.echo and body.max_tokens == 0:
             return _echo(body, answer, prompts)
         generation = _generation(state, text, model, body, answer.head.id, prompts)
-        return await _respond(request, body, answer, generation, prompts)
+        return await _respond(state, request, body, answer, generation, prompts)
 
 
 def _head(kind: str, model: Model) -> Head:
@@ -243,14 +242,19 @@ def _generation(
 
 
 async def _respond(
-    request: Request, body: GenerationBody, answer: Answer, generation: Generation, prompts: Sequence[Prompt]
+    state: State,
+    request: Request,
+    body: GenerationBody,
+    answer: Answer,
+    generation: Generation,
+    prompts: Sequence[Prompt],
 ) -> Response:
     """Starts the generation and answers with a stream or, when it has ended, with one body."""
     prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
     generation.start()
     if body.stream:
-        return EventStream(generation, lambda: _events(body, answer, generation, prompt_tokens))
-    async with _cancelled_with_client(request.receive, generation):
+        return EventStream(generation, answer, state.outbox, prompt_tokens=prompt_tokens)
+    async with cancelled_with_client(request.receive, generation):
         pieces = await generation.finished()
     counts = responses.usage(prompt_tokens, generation.num_generated)
     return Response(responses.to_json(answer.whole(pieces, counts)), media_type="application/json")
@@ -263,60 +267,6 @@ def _echo(body: CompletionBody, answer: CompletionAnswer, prompts: Sequence[Prom
     pieces = [responses.Piece(index=index, text="", finish_reason="length") for index in range(len(prompts) * body.n)]
     counts = responses.usage(sum(len(prompt.ids) for prompt in prompts), 0)
     return Response(responses.to_json(answer.whole(pieces, counts)), media_type="application/json")
-
-
-async def _events(
-    body: GenerationBody, answer: Answer, generation: Generation, prompt_tokens: int
-) -> AsyncIterator[bytes]:
-    """The server-sent events of one answer; an error in the middle becomes the last event before the end."""
-    opening = b"".join(map(responses.event, answer.opening(len(generation.choices))))
-    if opening:
-        yield opening
-    try:
-        async for pieces in generation.pieces():
-            yield b"".join(responses.event(chunk) for piece in pieces for chunk in answer.chunks(piece))
-        if _wants_usage(body):
-            yield responses.event(answer.counts(responses.usage(prompt_tokens, generation.num_generated)))
-    except ApiError as error:
-        yield responses.event(error.body())
-    yield responses.END_OF_STREAM
-
-
-@contextlib.asynccontextmanager
-async def _cancelled_with_client(receive: Receive, generation: Generation) -> AsyncIterator[None]:
-    """Cancels `generation` at the engine as soon as the client disconnects or the block is left."""
-
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        generation.cancel()
-
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    finally:
-        watcher.cancel()
-        generation.cancel()
-
-
-class EventStream(Response):
-    """A response of server-sent events that cancels its generation the moment the client goes away."""
-
-    def __init__(self, generation: Generation, events: Callable[[], AsyncIterator[bytes]]) -> None:
-        self.status_code = 200
-        self.background = None
-        self.init_headers({"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
-                           "X-Accel-Buffering": "no"})  # fmt: skip
-        self._generation = generation
-        self._events = events
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends the events; ASGI's interface."""
-        async with _cancelled_with_client(receive, self._generation):
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for data in self._events():
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _add_tokens(app: FastAPI, state: State) -> None:

@@ -6,6 +6,7 @@ has ended. A second signal ends it at once.
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import os
 import shutil
@@ -24,6 +25,7 @@ from serve.api import STOP_SECONDS
 from serve.client import EngineClient
 from serve.link import ApiLink
 from serve.routes import State, create_app
+from serve.stream import Connection
 from serve.text import TextModel
 
 KEEP_ALIVE_SECONDS = 60
@@ -64,6 +66,7 @@ async def _serve(listener: socket.socket, client: EngineClient) -> None:
     state = State(client=client)
     config = uvicorn.Config(
         create_app(state, api_key=settings["api_key"]),
+        http=Connection,
         lifespan="off",
         ws="none",
         log_level="warning",
@@ -75,6 +78,7 @@ async def _serve(listener: socket.socket, client: EngineClient) -> None:
     server = Server(config)
     listening = asyncio.create_task(server.serve(sockets=[listener]))
     state.text = await asyncio.to_thread(_load, Path(settings["tokenizer"]))
+    gc.freeze()  # collections skip from now on what stays for good: the tokenizer, the routes, all modules
     await _until(listening, client)
     server.should_exit = True
     await listening

@@ -72,6 +72,7 @@ class Tokenizer:
         self.bos_id: int | None = self._id_of(facts.bos)
         self.eos_id: int | None = self._id_of(facts.eos)
         self._added = backend.get_added_tokens_decoder()
+        self._bytes: dict[int, bytes] = {}
         self._anchor = self._prefix_anchor()
         self._template = None if facts.template is None else ChatTemplate(facts.template, facts.tokens())
         known = facts.eos_ids | ({self.eos_id} if self.eos_id is not None else set())
@@ -117,6 +118,13 @@ class Tokenizer:
 
         Special tokens are their own name. Ids beyond the vocabulary are empty.
         """
+        known = self._bytes.get(id)
+        if known is None:
+            known = self._bytes[id] = self._spelling(id)
+        return known
+
+    def _spelling(self, id: int) -> bytes:
+        """`token_bytes`, worked out."""
         if id in self._added:
             return self._added[id].content.encode()
         token = self._backend.id_to_token(id)

@@ -74,7 +74,8 @@ def test_outputs_after_a_cancel_are_dropped_and_the_engine_hears_of_it_once():
         client.on_message({"outputs": [output("0", 98, finish="length"), output("nobody", 1)]})
         assert [item for key, item in wire.said if key == "cancel"] == ["0"]
         assert generation.num_generated == 1
-        assert [piece async for piece in generation.pieces()] == []
+        assert generation.is_over
+        assert generation.take() == []
 
     asyncio.run(main())
 
