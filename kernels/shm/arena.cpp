@@ -18,7 +18,7 @@
 
 namespace {
 
-constexpr int PAUSES = 500;        // some us; none where ranks share processors
+constexpr int PAUSES = 500;        // some us; none where another rank needs the processor
 constexpr double YIELD_S = 1e-3;  // an idle virtual processor takes up to a fifth of it to wake
 constexpr double YIELD_CROWDED_S = 200e-6;
 constexpr long LOOK_NS = 50'000'000;  // how often a sleeper looks whether the others live
@@ -58,14 +58,15 @@ Layout::Layout(int n) {
   pairs = ranks + pages(size_t(n) * sizeof(RankLine));
   fixed = pairs + pages(size_t(n) * n * sizeof(PairLine));
   small = fixed;
-  large = small + pages(size_t(n) * SLOTS * (HEAD + small_slot));
-  descriptors = large + pages(size_t(n) * SLOTS * (HEAD + large_slot));
+  large = small + pages(size_t(n) * SLOTS * small_slot);
+  descriptors = large + pages(size_t(n) * SLOTS * large_slot);
   cells = descriptors + size_t(n) * n * pages(IN_FLIGHT * sizeof(Descriptor));
   total = cells + size_t(n) * n * IN_FLIGHT * CELL;
 }
 
 Arena::Arena(int fd, int rank, int size, double timeout_s)
-    : me(rank), n(size), layout(size), fd_(fd), timeout_s_(timeout_s), forks_(forks.load()), pid_(getpid()) {
+    : me(rank), n(size), layout(size), sources(size), fd_(fd), timeout_s_(timeout_s), forks_(forks.load()),
+      pid_(getpid()) {
   static const int registered = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1); });
   (void)registered;
   outgoing_ = std::make_unique<Stream[]>(size);
@@ -132,14 +133,14 @@ int Arena::fail(int error, int rank) {
 }
 
 uint8_t* Arena::slot(int rank, uint32_t step, bool large) {
-  const size_t stride = HEAD + (large ? layout.large_slot : layout.small_slot);
-  return base_ + (large ? layout.large : layout.small) + (size_t(rank) * SLOTS + step % SLOTS) * stride + HEAD;
+  const size_t stride = large ? layout.large_slot : layout.small_slot;
+  return base_ + (large ? layout.large : layout.small) + (size_t(rank) * SLOTS + step % SLOTS) * stride;
 }
 
 int Arena::reserve(uint32_t step, bool large) {
   if (!committed_[large]) {
-    const size_t bytes = SLOTS * size_t(HEAD + (large ? layout.large_slot : layout.small_slot));
-    if (!commit(size_t(slot(me, 0, large) - HEAD - base_), bytes)) return fail(NO_MEMORY, me);
+    const size_t bytes = SLOTS * size_t(large ? layout.large_slot : layout.small_slot);
+    if (!commit(size_t(slot(me, 0, large) - base_), bytes)) return fail(NO_MEMORY, me);
     committed_[large] = true;
   }
   return wait_all(step - 1);
@@ -150,17 +151,16 @@ void Arena::post(Flag& flag, uint32_t value) {
   if (flag.sleepers.load() != 0) syscall(SYS_futex, &flag.value, FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
 }
 
-void Arena::publish(uint32_t value) {
+bool Arena::arrive(uint32_t value) {
   RankLine& own = lines_[me];
-  if (!crowded_) {
-    const int cpu = sched_getcpu();  // a store would take the line from those who watch it
-    if (own.cpu.load(std::memory_order_relaxed) != cpu) own.cpu.store(cpu, std::memory_order_relaxed);
-  }
+  const int cpu = sched_getcpu();  // a store would take the line from those who look at it
+  if (own.cpu.load(std::memory_order_relaxed) != cpu) own.cpu.store(cpu, std::memory_order_relaxed);
   post(own.step, value);
-  if (!crowded_) return;
-  // one word to sleep on and one wake for all: the last to arrive tells
-  if ((head_->arrivals[value % 8].count.fetch_add(1) + 1) % uint64_t(n) == 0) post(head_->all, value);
+  return crowded_ && (head_->arrivals[value % 8].count.fetch_add(1) + 1) % uint64_t(n) == 0;
 }
+
+// One word to sleep on and one wake for all.
+void Arena::release(uint32_t value) { post(head_->all, value); }
 
 int Arena::wait_all(uint32_t value) {
   if (int32_t(seen_ - value) >= 0) return OK;
@@ -191,13 +191,13 @@ int Arena::wait_message(Flag& flag, uint32_t value, int rank) { return wait(flag
 
 int Arena::wait(Flag& flag, uint32_t value, int rank) {
   if (reached(flag.value, value)) return OK;
-  if (!crowded_) {
+  if (!crowded_ || (rank < 0 && !needed_here(value))) {
     for (int i = 0; i < PAUSES; i++) {
       pause_cpu();
       if (reached(flag.value, value)) return OK;
     }
-    step_aside(rank);
   }
+  if (!crowded_) step_aside(rank);
   const double started = now(), patience = crowded_ ? YIELD_CROWDED_S : YIELD_S;
   do {
     sched_yield();
@@ -239,6 +239,16 @@ int Arena::missing(uint32_t value, int rank) {
 bool Arena::ended(int rank) const {
   pollfd p{pidfds_[rank], POLLIN, 0};  // a zombie has ended, too
   return poll(&p, 1, 0) > 0;
+}
+
+// Whether a rank that hasn't arrived was last on this processor, so that it takes giving it up to go on.
+bool Arena::needed_here(uint32_t value) const {
+  const int here = sched_getcpu();
+  for (int r = 0; r < n; r++) {
+    if (r == me || lines_[r].cpu.load(std::memory_order_relaxed) != here) continue;
+    if (!reached(lines_[r].step.value, value)) return true;
+  }
+  return false;
 }
 
 // Two ranks that were woken on one core take turns there for ever: each sleeps in turn, so the scheduler sees nothing

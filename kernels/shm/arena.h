@@ -27,7 +27,6 @@ enum Error : int {
 };
 
 constexpr uint32_t SLOTS = 4;
-constexpr uint32_t HEAD = 64;            // bytes before a slot's data: the tag of the collective that begins there
 constexpr uint32_t CELL = 128 << 10;    // bytes of a message that travel at a time
 constexpr uint32_t IN_FLIGHT = 8 << 10;  // cells between two ranks: 1 GB
 
@@ -39,8 +38,9 @@ struct Flag {
 struct alignas(128) RankLine {  // written by its rank alone, but for the sleepers
   Flag step;
   std::atomic<uint32_t> left;
-  std::atomic<int32_t> cpu;
-  alignas(128) cpu_set_t allowed;
+  uint64_t tags[SLOTS];  // of the collective that begins at a step: they come with the flag that everybody watches
+  alignas(128) std::atomic<int32_t> cpu;  // rarely written: others look at it each time they wait
+  cpu_set_t allowed;
 };
 
 struct Header {
@@ -48,6 +48,7 @@ struct Header {
   std::atomic<uint32_t> culprit;
   struct alignas(128) Arrivals {
     std::atomic<uint64_t> count;
+    uint64_t result;  // tag of the collective that the last to arrive has completed for all
   } arrivals[8];
   alignas(128) Flag all;  // the last step at which every rank has arrived (crowded groups)
 };
@@ -89,6 +90,7 @@ struct Arena {
   Layout layout;
   std::mutex mutex;  // one collective at a time
   uint32_t step = 0;
+  std::vector<const uint8_t*> sources;  // by rank: what a collective combines
 
   // Maps the memory and publishes this rank; nothing else may be called before. False: errno says why.
   bool open();
@@ -99,13 +101,22 @@ struct Arena {
   int fail(int error, int rank);
   int lost() const { return int(head_->culprit.load()); }
 
-  uint8_t* slot(int rank, uint32_t step, bool large);  // its data
-  uint64_t& tag(int rank, uint32_t step, bool large) {
-    return *reinterpret_cast<uint64_t*>(slot(rank, step, large) - HEAD);
-  }
+  bool crowded() const { return crowded_; }  // more ranks than processors: one runs while others wait for it
+
+  uint8_t* slot(int rank, uint32_t step, bool large);
+  uint64_t& tag(int rank, uint32_t step) { return lines_[rank].tags[step % SLOTS]; }
   int reserve(uint32_t step, bool large);  // this rank's slot may be written afterwards
-  void publish(uint32_t value);
+  void publish(uint32_t value) {
+    if (arrive(value)) release(value);
+  }
   int wait_all(uint32_t value);
+
+  // The halves of `publish` in a crowded group: whether this rank is the last to arrive, and letting the others go on.
+  // Between them that rank is alone, and may leave them a result.
+  bool arrive(uint32_t value);
+  void release(uint32_t value);
+  uint64_t& result(uint32_t value) { return head_->arrivals[value % 8].result; }
+
   int wait_rank(int rank, uint32_t value);
   int look();  // for calls that wait for nobody: now and then, whether all ranks still run
 
@@ -121,6 +132,7 @@ struct Arena {
   int missing(uint32_t value, int rank);
   bool ended(int rank) const;
   void step_aside(int rank);
+  bool needed_here(uint32_t value) const;
   bool commit(size_t offset, size_t bytes);
 
   int fd_;

@@ -29,9 +29,7 @@ class Call {
 
   int begin() {
     if (int error = a_.check()) return error;
-    if (int error = a_.reserve(first_, large_)) return error;
-    a_.tag(a_.me, first_, large_) = tag_;
-    return OK;
+    return a_.reserve(first_, large_);
   }
 
   uint8_t* slot(int rank, uint64_t t) { return a_.slot(rank, first_ + uint32_t(t), large_); }
@@ -39,17 +37,31 @@ class Call {
   int reserve(uint64_t t) { return a_.reserve(first_ + uint32_t(t), large_); }
 
   void publish(uint64_t t) {
-    a_.step = first_ + uint32_t(t) + 1;
+    arriving(t);
     a_.publish(a_.step);
+  }
+
+  // In a crowded group: publishes step 0, which the last rank to arrive completes for all of them by `combine`.
+  template <class Combine>
+  int complete(const Combine& combine) {
+    arriving(0);
+    if (a_.arrive(a_.step)) {
+      const int error = all_same();
+      if (error == OK) {
+        combine();
+        a_.result(a_.step) = tag_;
+      }
+      a_.release(a_.step);
+      return error;
+    }
+    if (int error = a_.wait_all(a_.step)) return error;
+    return a_.result(a_.step) == tag_ ? OK : all_same();
   }
 
   // Waits until every rank has published step t; the first time compares what they are doing.
   int wait_all(uint64_t t) {
     if (int error = a_.wait_all(first_ + uint32_t(t) + 1)) return error;
-    for (int r = 0; t == 0 && r < a_.n; r++) {
-      if (int error = same(r)) return error;
-    }
-    return OK;
+    return t == 0 ? all_same() : OK;
   }
 
   int wait_rank(int rank, uint64_t t) {
@@ -58,7 +70,19 @@ class Call {
   }
 
  private:
-  int same(int rank) { return a_.tag(rank, first_, large_) == tag_ ? OK : a_.fail(MISMATCH, rank); }
+  void arriving(uint64_t t) {
+    if (t == 0) a_.tag(a_.me, first_) = tag_;
+    a_.step = first_ + uint32_t(t) + 1;
+  }
+
+  int same(int rank) { return a_.tag(rank, first_) == tag_ ? OK : a_.fail(MISMATCH, rank); }
+
+  int all_same() {
+    for (int r = 0; r < a_.n; r++) {
+      if (int error = same(r)) return error;
+    }
+    return OK;
+  }
 
   Arena& a_;
   std::lock_guard<std::mutex> lock_;
@@ -78,11 +102,18 @@ struct Span {
 
 int reduce_at_once(Call& call, Arena& a, int type, uint8_t* x, uint64_t bytes) {
   std::memcpy(call.own(0), x, bytes);
+  if (a.crowded()) {  // on a processor that all share one sum takes less than everybody's own
+    const int error = call.complete([&] {
+      for (int r = 0; r < a.n; r++) a.sources[r] = call.slot(r, 0);
+      reduce(type, a.sources.data(), a.n, call.slot(0, 0), nullptr, bytes);
+    });
+    if (error == OK) std::memcpy(x, call.slot(0, 0), bytes);
+    return error;
+  }
   call.publish(0);
   if (int error = call.wait_all(0)) return error;
-  std::vector<const uint8_t*> sources(a.n);
-  for (int r = 0; r < a.n; r++) sources[r] = r == a.me ? x : call.slot(r, 0);
-  reduce(type, sources.data(), a.n, x, nullptr, bytes);
+  for (int r = 0; r < a.n; r++) a.sources[r] = r == a.me ? x : call.slot(r, 0);
+  reduce(type, a.sources.data(), a.n, x, nullptr, bytes);
   return OK;
 }
 
@@ -93,7 +124,6 @@ int reduce_in_chunks(Call& call, Arena& a, int type, uint8_t* x, uint64_t bytes)
   const uint64_t chunk = std::min(most, ceil_div(ceil_div(bytes, about), unit) * unit);
   const uint64_t steps = ceil_div(bytes, chunk), part = chunk / a.n;
   auto span = [&](uint64_t t, int r) { return Span(bytes, part, t * a.n + r); };
-  std::vector<const uint8_t*> sources(a.n);
   for (uint64_t t = 0; t <= steps + 1; t++) {
     if (t <= steps) {
       if (int error = call.reserve(t)) return error;
@@ -107,8 +137,8 @@ int reduce_in_chunks(Call& call, Arena& a, int type, uint8_t* x, uint64_t bytes)
     }
     if (t >= 1 && t <= steps) {
       const Span s = span(t - 1, a.me);
-      for (int r = 0; r < a.n; r++) sources[r] = r == a.me ? x + s.at : call.slot(r, t - 1) + a.me * part;
-      reduce(type, sources.data(), a.n, x + s.at, call.own(t) + chunk, s.length);
+      for (int r = 0; r < a.n; r++) a.sources[r] = r == a.me ? x + s.at : call.slot(r, t - 1) + a.me * part;
+      reduce(type, a.sources.data(), a.n, x + s.at, call.own(t) + chunk, s.length);
     }
     if (t <= steps) call.publish(t);
     for (int i = 1; t >= 2 && i < a.n; i++) {
@@ -165,7 +195,6 @@ int onemesh_shm_reduce_scatter(Arena* arena, const uint8_t* x, uint8_t* out, con
   const uint64_t steps = std::max<uint64_t>(1, ceil_div(*std::max_element(sizes.begin(), sizes.end()), part));
   Call call(a, mixed(mixed(REDUCE_SCATTER, uint64_t(type)), sizes.data(), a.n), large);
   if (int error = call.begin()) return error;
-  std::vector<const uint8_t*> sources(a.n);
   for (uint64_t t = 0; t <= steps; t++) {
     if (t < steps) {
       if (int error = call.reserve(t)) return error;
@@ -179,9 +208,9 @@ int onemesh_shm_reduce_scatter(Arena* arena, const uint8_t* x, uint8_t* out, con
     if (int error = call.wait_all(t - 1)) return error;
     const Span s(sizes[a.me], part, t - 1);
     for (int r = 0; r < a.n; r++) {
-      sources[r] = r == a.me ? x + starts[r] + s.at : call.slot(r, t - 1) + places[a.me];
+      a.sources[r] = r == a.me ? x + starts[r] + s.at : call.slot(r, t - 1) + places[a.me];
     }
-    reduce(type, sources.data(), a.n, out + s.at, nullptr, s.length);
+    reduce(type, a.sources.data(), a.n, out + s.at, nullptr, s.length);
   }
   return OK;
 }
