@@ -257,7 +257,10 @@ def all_reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
     if group.handle is None:
         return x
     group.traffic.add("all_reduce", group.axis, x.nbytes)
-    named("all_reduce", group, group.through(x).all_reduce, x, op)
+    try:  # not `named`, here and in messages: a frame more is a twentieth of a small call
+        group.through(x).all_reduce(x, op)
+    except RuntimeError as error:
+        raise lost(error, "all_reduce", group) from error
     return x
 
 
@@ -276,8 +279,12 @@ def all_gather(x: Tensor, group: Group, sizes: Sequence[int], dim: int) -> Tenso
     """
     if group.size == 1:
         return x
-    others = math.prod(x.shape[:dim]) * math.prod(x.shape[dim + 1 :])
-    group.traffic.add("all_gather", group.axis, max(sizes) * others * x.itemsize)
+    longest = max(sizes)
+    if sizes[group.rank] == longest:
+        num_bytes = x.nbytes
+    else:
+        num_bytes = longest * math.prod(x.shape[:dim]) * math.prod(x.shape[dim + 1 :]) * x.itemsize
+    group.traffic.add("all_gather", group.axis, num_bytes)
     return named("all_gather", group, group.through(x).all_gather, x.contiguous(), sizes, dim)
 
 
@@ -352,13 +359,20 @@ def broadcast_bytes(payload: bytes, group: Group, source: int = 0) -> bytes:
 
 def send_start(x: Tensor, group: Group, to: int) -> Pending:
     """Begins sending contiguous `x` to the group's rank `to`; it arrives whatever this rank does in the meantime."""
-    group.traffic.add("send", group.axis, x.nbytes)
-    return Pending("send", group, named("send", group, group.through(x).send, x, to, peer=to), x, to)
+    try:
+        work = group.through(x).send(x, to)
+    except RuntimeError as error:
+        raise lost(error, "send", group, to) from error
+    group.traffic.add("send", group.axis, x.nbytes)  # while the message is on its way
+    return Pending("send", group, work, x, to)
 
 
 def receive_start(x: Tensor, group: Group, source: int) -> Pending:
     """Begins receiving into contiguous `x` from the group's rank `source`; messages of a pair arrive in order."""
-    work = named("receive", group, group.through(x).receive, x, source, peer=source)
+    try:
+        work = group.through(x).receive(x, source)
+    except RuntimeError as error:
+        raise lost(error, "receive", group, source) from error
     return Pending("receive", group, work, x, source)
 
 

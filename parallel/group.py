@@ -25,19 +25,27 @@ class PeerLost(RuntimeError):
 class Traffic:
     """Calls and payload bytes (this rank's input) by (operation, axis); the mesh owns the only mutable copy."""
 
-    calls: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
-    bytes: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
+    _counts: defaultdict[tuple[str, str], list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
+
+    @property
+    def calls(self) -> dict[tuple[str, str], int]:
+        """A copy of the numbers of calls."""
+        return {key: calls for key, (calls, _) in self._counts.items()}
+
+    @property
+    def bytes(self) -> dict[tuple[str, str], int]:
+        """A copy of the bytes."""
+        return {key: num_bytes for key, (_, num_bytes) in self._counts.items()}
 
     def add(self, op: str, axis: str, num_bytes: int, calls: int = 1) -> None:
         """Counts calls of `op` over `axis` with `num_bytes` of payload each."""
-        key = (op, axis)
-        self.calls[key] += calls
-        self.bytes[key] += calls * num_bytes
+        count = self._counts[op, axis]
+        count[0] += calls
+        count[1] += calls * num_bytes
 
     def clear(self) -> None:
         """Starts counting afresh."""
-        self.calls.clear()
-        self.bytes.clear()
+        self._counts.clear()
 
 
 @dataclass(frozen=True)
@@ -134,4 +142,7 @@ class Pending:
     def wait(self) -> None:
         """Blocks until the operation is complete on this rank."""
         if self.work is not None:
-            named(self.op, self.group, self.work.wait, peer=self.peer)
+            try:
+                self.work.wait()
+            except RuntimeError as error:
+                raise lost(error, self.op, self.group, self.peer) from error

@@ -159,10 +159,12 @@ uint64_t shared_chunk(const Arena& a, bool large) {
 
 extern "C" {
 
-// A group's shared memory, from an empty memfd; null with errno otherwise. Takes the descriptor.
-Arena* onemesh_shm_open(int fd, int rank, int size, double timeout_s) {
+// A group's shared memory, from an empty memfd; errno where that fails. Takes the descriptor.
+int onemesh_shm_open(int fd, int rank, int size, double timeout_s, Arena** out) {
   auto arena = std::make_unique<Arena>(fd, rank, size, timeout_s);
-  return arena->open() ? arena.release() : nullptr;
+  if (!arena->open()) return errno;
+  *out = arena.release();
+  return 0;
 }
 
 int onemesh_shm_watch(Arena* arena, const int* pids, int ranks_on_host) {
