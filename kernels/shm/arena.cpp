@@ -228,10 +228,15 @@ int Arena::wait(Flag& flag, uint32_t value, int rank) {
 // Why a wait for `value` of this rank (-1: of all) is in vain, or OK.
 int Arena::missing(uint32_t value, int rank) {
   if (const uint32_t broken = head_->broken.load()) return int(broken);
+  bool all_arrived = rank < 0;
   for (int r = 0; r < n; r++) {
     if (r == me || (rank >= 0 ? r != rank : reached(lines_[r].step.value, value))) continue;
+    all_arrived = false;
     if (lines_[r].left.load()) return fail(LEFT, r);
     if (ended(r)) return fail(DEAD, r);
+  }
+  for (int r = 0; all_arrived && r < n; r++) {
+    if (r != me && ended(r)) return fail(DEAD, r);  // before it let the others go
   }
   return OK;
 }

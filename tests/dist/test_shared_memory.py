@@ -241,6 +241,33 @@ def test_misuse_is_one_clear_error() -> None:
     assert messages[4].endswith(": it and another rank called different operations, or with different sizes")
 
 
+OTHERS: dict[str, Callable[[Group], object]] = {
+    "size": lambda group: comm.all_reduce(torch.ones(7), group),
+    "chunks": lambda group: comm.all_reduce(torch.ones(50_000), group),
+    "operation": lambda group: comm.all_gather(torch.ones(5), group, [5] * group.size, 0),
+    "barrier": comm.barrier,
+}
+
+
+def _one_differs(launch: Launch, other: str, delay_s: float) -> tuple[float, str]:
+    group = world(launch)
+    comm.barrier(group)
+    started = time.monotonic()
+    if (delay_s > 0) == (launch.rank == 3):  # it comes last, or else the others do
+        time.sleep(abs(delay_s))
+    with pytest.raises(RuntimeError) as caught:
+        OTHERS[other](group) if launch.rank == 3 else comm.all_reduce(torch.ones(5), group)
+    return time.monotonic() - started, str(caught.value)
+
+
+@pytest.mark.parametrize("delay_s", [0.2, -0.2])
+@pytest.mark.parametrize("other", OTHERS)
+def test_more_ranks_than_processors_notice_that_one_calls_something_else(other: str, delay_s: float) -> None:
+    """The last one to arrive adds for all of them: whoever it is, nobody takes what it left for a sum."""
+    for seconds, message in on_ranks(5, _one_differs, other, delay_s):
+        assert seconds < 5 and message.endswith("called different operations, or with different sizes")
+
+
 def _mismatched_message(launch: Launch) -> str:
     group = world(launch)
     if launch.rank == 0:
