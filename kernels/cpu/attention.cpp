@@ -257,16 +257,19 @@ struct Attend {
     const int64_t next = take_offsets(first, n, end), steps = 2 * steps_of(n);
     const int64_t* const here = offsets[now ^ 1];
     for (int64_t step = 0; is_cold && step < AHEAD; ++step) lines_of(step, n, here).all();
-    const auto ahead_of = [&](int64_t step) {
-      const int64_t at = step + AHEAD;
+    const auto lines_at = [&](int64_t at) {
       return at < steps ? lines_of(at, n, here) : lines_of(at - steps, next, offsets[now]);
+    };
+    const auto ahead_of = [&](int64_t step) {
+      Lines<T> lines = lines_at(step + AHEAD);
+      if (lines.per_row > 2) lines.ask_again(lines_at(step + SOON));
+      return lines;
     };
     const int64_t last_head = p.first_kv_head + p.num_kv_heads;
     int64_t step = 0;
     for (int64_t i = 0; i < n; i += RUN)
       for (int64_t k = p.first_kv_head; k < last_head; ++k) {
         Lines<T> ahead = ahead_of(step++);
-        if (!ahead.is_spread()) ahead.all();
         few_scores<U>(group_of(k), scores_of(k) + i, room.queries + heads_before(k) * stride, stride,
                       (const T*)a.keys + k * a.head_dim, here + i, a.head_dim, ahead);
         ahead.all();
@@ -278,7 +281,6 @@ struct Attend {
       for (int64_t k = p.first_kv_head; k < last_head; ++k) {
         const int64_t some = n - i < RUN ? n - i : RUN;
         Lines<T> ahead = ahead_of(step++);
-        if (!ahead.is_spread()) ahead.all();
         few_outputs<U>(group_of(k), room.outputs + heads_before(k) * width, width, i == 0,
                        scores_of(k) + i / U::PER_UNIT, (const T*)a.values + k * a.head_dim, here + i,
                        (some + U::PER_UNIT - 1) / U::PER_UNIT, a.head_dim, ahead);

@@ -18,27 +18,34 @@ template <int N>
 using Number = std::integral_constant<int, N>;
 constexpr int RUN = 16;   // keys, or values, of a step
 constexpr int AHEAD = 5;  // steps from prefetching to reading; 3 to 8 take the same time
+constexpr int SOON = 2;   // and from prefetching once more
 static_assert(RUN % W == 0 && KEY_BLOCK % RUN == 0);
 
-// The lines of some rows, to be prefetched in the order of memory: in another one it takes twice as long. Rows of a
-// line or two come one by one between the multiply-adds, as all at once they wait for each other, and what is
-// computed for them; longer rows take longer so.
+// The lines of some rows, to be prefetched in the order of memory: in another one it takes twice as long. They come one
+// by one between the multiply-adds, as all at once they wait for each other, and what is computed for them. A processor
+// drops a prefetch while as many lines as it can keep track of are under way, so rows of more than two lines are asked
+// for once more, shortly before they are read; shorter rows gain nothing by that.
 template <class T, int LOCALITY = 3>
 struct Lines {
-  const T* from;
-  const int64_t* rows;
+  const T *from, *from_again = nullptr;
+  const int64_t *rows, *rows_again;
   int64_t left, per_row, line = 0;
   // `count` rows of `size` elements
   Lines(const T* at, const int64_t* offsets, int64_t count, int64_t size)
-      : from(at), rows(offsets), per_row((size * int64_t(sizeof(T)) + 63) / 64) {
+      : from(at), rows(offsets), rows_again(offsets), per_row((size * int64_t(sizeof(T)) + 63) / 64) {
     left = count * per_row;
   }
-  bool is_spread() const { return per_row <= 2; }
+  // `soon`: as many rows, or none
+  void ask_again(const Lines& soon) {
+    if (left == 0) *this = soon;
+    else if (soon.left) from_again = soon.from, rows_again = soon.rows;
+  }
   __attribute__((always_inline)) void next() {
     if (left == 0) return;
     __builtin_prefetch((const char*)(from + *rows) + 64 * line, 0, LOCALITY);
+    if (from_again) __builtin_prefetch((const char*)(from_again + *rows_again) + 64 * line, 0, LOCALITY);
     --left;
-    if (++line == per_row) line = 0, ++rows;
+    if (++line == per_row) line = 0, ++rows, ++rows_again;
   }
   void all() {
     asm volatile("");  // GCC takes a function that only prefetches for one without effect, and drops the calls
