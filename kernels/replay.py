@@ -83,7 +83,6 @@ class Recording:
             for segment, calls in enumerate(mode.outside)
         ]
 
-    @torch.inference_mode()
     def replay(self) -> Tensor:
         """Does it again with what stands in its inputs now; returns `output`.
 
@@ -93,8 +92,10 @@ class Recording:
             number, error = kernels(self.by_clock)
             if error:
                 raise self._errors[number](error)
-            for call in outside:
-                call()
+            if outside:
+                with torch.inference_mode():
+                    for call in outside:
+                        call()
         for note, calls in self._notes:
             note(calls)
         return self.output

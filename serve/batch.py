@@ -90,6 +90,8 @@ def build(
 
 def segments(chunks: Sequence[Chunk], used: Sequence[LoadedAdapter | None]) -> tuple[Segment, ...]:
     """Tokens of the chunks that run with LoRA, those of one adapter together."""
+    if all(adapter is None or adapter.slot is None for adapter in used):
+        return ()
     found: list[Segment] = []
     start = 0
     pairs = zip(chunks, used, strict=True)

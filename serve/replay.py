@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.cpu_attention import CpuLayout
@@ -47,20 +49,20 @@ class Replays:
 
         used: the adapter of each chunk. hidden: [T, D] from the stage before, None on the first one.
         """
-        if self._ops.record is None or any(chunk.length > 1 or not chunk.samples for chunk in chunks):
+        if self._ops.record is None or not all(chunk.samples and len(chunk.tokens) == 1 for chunk in chunks):
             return None
         key = (len(chunks), segments(chunks, used))
         step = self._steps.get(key)
-        if step is not None and step.holds(chunks, used):
+        if step is not None and step.write(chunks, used):
             self._steps.move_to_end(key)
-            step.write(chunks, used)
             return step.replay(hidden)
         if key not in self._seen:
             if len(self._seen) == MOST_SEEN:
                 self._seen.clear()
             self._seen.add(key)
             return None
-        step = DecodeStep(chunks, used, hidden, self._compute, self._ops, self._page_size)
+        with torch.inference_mode():
+            step = DecodeStep(chunks, used, hidden, self._compute, self._ops, self._page_size)
         self._steps[key] = step
         if len(self._steps) > MOST:
             self._steps.popitem(last=False)
@@ -101,41 +103,57 @@ class DecodeStep:
         integers = torch.zeros(3, count, dtype=torch.int64)
         ids, positions, slots = integers
         self._batch = Batch(ids, positions, slots, self._layout, segments(chunks, used), torch.arange(count))
-        # the same memory: numpy takes lists faster
-        self._ids, self._positions, self._slots = integers.numpy()
-        self._chunks = self._layout.chunks.numpy()
+        # the same memory, which single integers are written to with the least ado
+        self._ids, self._positions, self._slots = (_numbers(x) for x in integers)
+        self._chunks = _numbers(self._layout.chunks.view(-1))  # four a chunk
         self._tables = self._layout.block_table_BM.numpy()
         self._prefix_tables = self._layout.prefix_table_BM.numpy()
+        # what the tables hold: kept, so that another object means other pages
         self._pages: list[tuple[int, ...]] = [()] * count
-        self.write(chunks, used)
+        self._used: list[LoadedAdapter | None] = [None] * count
+        fits = self.write(chunks, used)
+        assert fits
         self._hidden = None if hidden is None else hidden.clone()
         self.recording: Recording = ops.record(lambda: compute(self._batch, self._hidden))
 
-    def holds(self, chunks: Sequence[Chunk], used: Sequence[LoadedAdapter | None]) -> bool:
-        """Whether the block tables have room for these chunks' pages."""
-        wide, prefix = self._tables.shape[1], self._prefix_tables.shape[1]
-        return all(len(chunk.pages) <= wide for chunk in chunks) and all(
-            adapter is None or len(adapter.pages) <= prefix for adapter in used
-        )
+    def write(self, chunks: Sequence[Chunk], used: Sequence[LoadedAdapter | None]) -> bool:
+        """Puts the chunks into the tensors of the recording; False if the block tables have no room for their pages.
 
-    def write(self, chunks: Sequence[Chunk], used: Sequence[LoadedAdapter | None]) -> None:
-        """Puts the chunks into the tensors of the recording."""
+        Most steps go on with the requests of the last one, and their tables stay as they are.
+        """
         size = self._page_size
         for b, (chunk, adapter) in enumerate(zip(chunks, used, strict=True)):
-            prefix = 0 if adapter is None else adapter.length
-            pages, start = chunk.pages, chunk.start
+            if chunk.pages is not self._pages[b]:
+                if not _put(self._tables[b], chunk.pages):
+                    return False
+                self._pages[b] = chunk.pages
+            if adapter is not None and adapter is not self._used[b]:
+                if not _put(self._prefix_tables[b], adapter.pages):
+                    return False
+                self._used[b] = adapter
+            prefix, start = 0 if adapter is None else adapter.length, chunk.start
             self._ids[b], self._positions[b] = chunk.tokens[0], start + prefix
-            self._slots[b] = pages[-1] * size + start % size
-            self._chunks[b, 2], self._chunks[b, 3] = start + 1, prefix
-            if self._pages[b] != pages:
-                self._pages[b] = pages
-                self._tables[b, : len(pages)] = pages
-            if adapter is not None and adapter.pages:
-                self._prefix_tables[b, : len(adapter.pages)] = adapter.pages
+            self._slots[b] = chunk.pages[-1] * size + start % size
+            self._chunks[4 * b + 2], self._chunks[4 * b + 3] = start + 1, prefix
+        return True
 
     def replay(self, hidden: Tensor | None) -> Tensor:
         """The stage's result for what was written."""
         if hidden is not None:
             assert self._hidden is not None
-            self._hidden.copy_(hidden)
+            with torch.inference_mode():
+                self._hidden.copy_(hidden)
         return self.recording.replay()
+
+
+def _numbers(x: Tensor) -> memoryview:
+    """The integers of a dense [N] int64 tensor."""
+    return memoryview(x.numpy()).cast("B").cast("q")
+
+
+def _put(row: NDArray[np.int64], pages: tuple[int, ...]) -> bool:
+    """Writes a block table; False if the row is too short."""
+    if len(pages) > len(row):
+        return False
+    row[: len(pages)] = pages
+    return True

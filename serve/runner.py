@@ -40,11 +40,14 @@ class Runner:
     """Fingerprint of the base model's weights."""
     adapters: dict[str, LoadedAdapter] = field(default_factory=dict)
     replays: Replays = field(init=False)
+    _columns: list[int] = field(init=False)
+    """Of the logits, on each tensor rank."""
 
     def __post_init__(self) -> None:
         self.replays = Replays(self._compute, self.decoder.ops, self.page_size)
+        offsets = partition(self.decoder.architecture.vocab_size, self.mesh.tensor.size)
+        self._columns = [stop - start for start, stop in itertools.pairwise(offsets)]
 
-    @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> Tensor | None:
         """Computes the chunks and returns the logits [B, V] float32 of those that sample, in order; the next call
         may overwrite them.
@@ -53,22 +56,31 @@ class Runner:
         in which nothing samples. Communicates
         T * D elements to the next stage, 2 * T * D a layer over tensor, B * V/tp elements at the end.
         """
-        decoder = self.decoder
-        used = [None if chunk.adapter is None else self.adapters[chunk.adapter] for chunk in chunks]
+        output = self._stage(chunks, None) if self.mesh.pipeline.size == 1 else self._pipeline(chunks)
+        if output is None or not any(chunk.samples for chunk in chunks):
+            return None
+        return comm.all_gather(output, self.mesh.tensor, self._columns, dim=1)
 
-        def stage(_: int, hidden: Tensor | None) -> Tensor:
-            replayed = self.replays.run(chunks, used, hidden)
-            if replayed is not None:
-                return replayed
+    @torch.inference_mode()
+    def _pipeline(self, chunks: Sequence[Chunk]) -> Tensor | None:
+        """What the last stage computes, on that stage."""
+        num_tokens = sum(chunk.length for chunk in chunks)
+        border = Border([(num_tokens, self.decoder.architecture.width)], self.decoder.dtype, self.decoder.device)
+        outputs = run.forward_only(self.mesh.pipeline, lambda _, hidden: self._stage(chunks, hidden), border=border)
+        return outputs[0] if outputs else None
+
+    def _stage(self, chunks: Sequence[Chunk], hidden: Tensor | None) -> Tensor:
+        """`_compute` of the chunks, replayed if they allow it."""
+        used = [None if chunk.adapter is None else self.adapters[chunk.adapter] for chunk in chunks]
+        replayed = self.replays.run(chunks, used, hidden)
+        if replayed is not None:
+            return replayed
+        decoder = self.decoder
+        with torch.inference_mode():
             return self._compute(batch.build(chunks, used, decoder.ops, self.page_size, decoder.device), hidden)
 
-        num_tokens = sum(chunk.length for chunk in chunks)
-        border = Border([(num_tokens, decoder.architecture.width)], decoder.dtype, decoder.device)
-        outputs = run.forward_only(self.mesh.pipeline, stage, border=border)
-        return self._whole(outputs[0]) if outputs and any(chunk.samples for chunk in chunks) else None
-
     def _compute(self, step_batch: Batch, hidden: Tensor | None) -> Tensor:
-        """This stage's hidden states [T, D], on the last stage its columns of the logits [B, V/tp]."""
+        """This stage's hidden states [T, D], on the last stage its columns of the logits [B, V/tp] in float32."""
         decoder = self.decoder
         attend = PagedAttend(
             decoder.architecture, decoder.here, decoder.ops, self.cache, step_batch.layout, step_batch.slot_T
@@ -80,12 +92,7 @@ class Runner:
             rows=step_batch.rows,
         )
         x = decoder(step_batch.id_T if hidden is None else hidden, step)
-        return decoder.logits(x) if decoder.stage.is_last else x
-
-    def _whole(self, logits: Tensor) -> Tensor:
-        offsets = partition(self.decoder.architecture.vocab_size, self.mesh.tensor.size)
-        sizes = [stop - start for start, stop in itertools.pairwise(offsets)]
-        return comm.all_gather(logits, self.mesh.tensor, sizes, dim=1).float()
+        return decoder.logits(x).float() if decoder.stage.is_last else x
 
     def load_adapter(self, name: str, directory: Path, pool: PagePool) -> None:
         """Reads this rank's part of the PEFT adapter in `directory` and serves it as `name`.

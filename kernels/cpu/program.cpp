@@ -149,8 +149,10 @@ struct Program {
       seconds = times[number].seconds.data();
     }
     const int64_t turn = ++turns;
+    for (const auto& call : segment) __builtin_prefetch(call.get());  // weights have gone through the caches since
     for (const auto& call : segment) call->prepare(turn);
     Barrier barrier(threads);
+    const Call* failed = nullptr;
     torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
       for (size_t i = 0; i < segment.size(); ++i) {
         const int64_t useful = std::min(threads, segment[i]->most_threads());
@@ -161,11 +163,13 @@ struct Program {
           if (begin) begin[threads * segment.size()] = now();
         }
         barrier.wait(i, first, last);
-        if (segment[i]->error()) break;
+        if (segment[i]->error()) {
+          if (first == 0) failed = segment[i].get();
+          break;
+        }
       }
     });
-    for (const auto& call : segment)
-      if (call->error()) return {static_cast<const DirectCall&>(*call).number, call->error()};
+    if (failed) return {static_cast<const DirectCall&>(*failed).number, failed->error()};
     return {0, 0};
   }
 };
