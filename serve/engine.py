@@ -183,7 +183,7 @@ class Engine:
         if plan.chunks:
             sampled, logprobs = self._sample(plan, self.runner.forward(plan.chunks))
         outputs = self.scheduler.update(plan, sampled)
-        return [_with_logprobs(output, logprobs.get(output.id)) for output in outputs]
+        return [_with_logprobs(output, logprobs.get(output.id)) for output in outputs] if logprobs else outputs
 
     def _sample(self, plan: Plan, logits_BV: Tensor | None) -> tuple[dict[str, int], dict[str, TokenLogprob]]:
         """The sampled ids on every rank, and their log-probabilities where asked for."""
@@ -193,8 +193,7 @@ class Engine:
         mesh = self.mesh
         payload = b""
         if logits_BV is not None and mesh.tensor.is_first:
-            pairs = [self.scheduler.history(id) for id in ids]
-            tokens, details = self.sampler.sample(logits_BV, [r for r, _ in pairs], [h for _, h in pairs])
+            tokens, details = self.sampler.sample(logits_BV, *self.scheduler.sampling())
             if mesh.world.size == 1:
                 found = {id: detail for id, detail in zip(ids, details, strict=True) if detail is not None}
                 return dict(zip(ids, tokens, strict=True)), found

@@ -34,30 +34,26 @@ Row = NDArray[np.float32]
 
 
 class Sampler:
-    """Samples one token per row. Holds no state but the ids that end a text."""
+    """Samples one token per row. Holds the ids that end a text, and what it told the kernel of the last step's rows."""
 
     def __init__(self, eos_ids: frozenset[int], ops: SamplingOps | None = None) -> None:
         """ops: of the device where the logits are; None for the host's."""
         self._eos_ids, self._ops = eos_ids, ops or _host_ops()
         self._host_ops = self._ops if self._ops.device == "cpu" else _host_ops()
+        self._plain = _Columns([], [])
 
     def sample(
         self, logits_BV: torch.Tensor, requests: Sequence[Request], histories: Sequence[Sequence[int]]
     ) -> tuple[list[int], list[TokenLogprob | None]]:
         """The next token of each row, and its log-probabilities where the request asked for them.
 
-        logits_BV: [B, V] float32 on any device, not changed. histories: known tokens of each request, prompt
-        then output. A row with a nan or +inf, or with nothing but -inf left to choose from, gets
+        logits_BV: [B, V] float32 on any device, without gradients, not changed. histories: known tokens of each
+        request, prompt then output. A row with a nan or +inf, or with nothing but -inf left to choose from, gets
         `INVALID_TOKEN` and no log-probabilities. These are of the logits as given, before any adjustment.
         """
         assert logits_BV.dtype == torch.float32, logits_BV.dtype
-        assert len(logits_BV) == len(requests) == len(histories), (
-            logits_BV.shape,
-            len(requests),
-            len(histories),
-        )
-        logits_BV = logits_BV.detach()
-        if logits_BV.device.type != self._ops.device:
+        assert logits_BV.shape[0] == len(requests) == len(histories), (logits_BV.shape, len(requests), len(histories))
+        if not logits_BV.is_cpu and self._ops.device == "cpu":
             logits_BV = logits_BV.cpu()
         ids = self._next(logits_BV, requests, histories)
         num_top = {
@@ -65,20 +61,30 @@ class Sampler:
             for row, request in enumerate(requests)
             if request.sampling.logprobs is not None and ids[row] != INVALID_TOKEN
         }
-        asked = list(num_top)
-        entries = _logprobs(self._ops, logits_BV, asked, [ids[row] for row in asked], list(num_top.values()))
-        found = dict(zip(asked, entries, strict=True))
-        return ids, [found.get(row) for row in range(len(ids))]
+        found: list[TokenLogprob | None] = [None] * len(ids)
+        if num_top:
+            asked = list(num_top)
+            entries = _logprobs(self._ops, logits_BV, asked, [ids[row] for row in asked], list(num_top.values()))
+            for row, entry in zip(asked, entries, strict=True):
+                found[row] = entry
+        return ids, found
 
     def _next(
         self, logits_BV: torch.Tensor, requests: Sequence[Request], histories: Sequence[Sequence[int]]
     ) -> list[int]:
         given = [len(tokens) - len(request.prompt) for request, tokens in zip(requests, histories, strict=True)]
-        changed = [row for row, request in enumerate(requests) if is_adjusted(request.sampling, given[row])]
-        plain = sorted(set(range(len(requests))) - set(changed))
-        batches: list[tuple[SamplingOps, torch.Tensor, Sequence[int], list[int]]] = []
+        plain: list[int] = []
+        changed: list[int] = []
+        for row, request in enumerate(requests):
+            (changed if is_adjusted(request.sampling, given[row]) else plain).append(row)
+        ids = [INVALID_TOKEN] * len(requests)
         if plain:
-            batches.append((self._ops, logits_BV, plain, plain))
+            params = [requests[row].sampling for row in plain]
+            if not self._plain.are(plain, params):  # they are while no request comes or goes
+                self._plain = _Columns(plain, params)
+            numbers = [uniform(requests[plain[i]].seed, given[plain[i]]) for i in self._plain.random]
+            for row, id in zip(plain, self._plain.draw(self._ops, logits_BV, numbers), strict=True):
+                ids[row] = id
         if changed:
             copies_BV = logits_BV[changed].cpu()
             for row_V, row in zip(copies_BV.numpy(), changed, strict=True):
@@ -86,14 +92,41 @@ class Sampler:
                 adjust(row_V, requests[row].sampling, histories[row], given[row], self._eos_ids)
                 if not is_valid:  # a masked nan or +inf still says that no number of this row can be trusted
                     row_V[:] = np.nan
-            batches.append((self._host_ops, copies_BV, range(len(changed)), changed))
-        ids = [INVALID_TOKEN] * len(requests)
-        for ops, source_BV, places, chosen in batches:
-            params = [requests[row].sampling for row in chosen]
-            numbers = [uniform(requests[row].seed, given[row]) for row in chosen]
-            for row, id in zip(chosen, _draw(ops, source_BV, places, params, numbers), strict=True):
+            columns = _Columns(range(len(changed)), [requests[row].sampling for row in changed])
+            numbers = [uniform(requests[changed[i]].seed, given[changed[i]]) for i in columns.random]
+            for row, id in zip(changed, columns.draw(self._host_ops, copies_BV, numbers), strict=True):
                 ids[row] = id
         return ids
+
+
+class _Columns:
+    """What `SamplingOps.draw` is told of some rows of logits."""
+
+    random: list[int]
+    """Which of the rows need a number: those that aren't greedy."""
+
+    def __init__(self, rows: Sequence[int], params: Sequence[SamplingParams]) -> None:
+        self._rows, self._params = rows, params
+        self.random = [i for i, one in enumerate(params) if not one.is_greedy]
+        self._tensors = (
+            _integers(rows),
+            _floats([0.0 if one.is_greedy else one.temperature for one in params]),
+            _integers([one.top_k for one in params]),
+            _floats([one.top_p for one in params]),
+            _floats([one.min_p for one in params]),
+            _floats([0.0 for _ in params]),
+        )
+        self._u = memoryview(self._tensors[-1].numpy())
+
+    def are(self, rows: Sequence[int], params: Sequence[SamplingParams]) -> bool:
+        """Whether they were made for these."""
+        return self._rows == rows and self._params == params
+
+    def draw(self, ops: SamplingOps, logits_BV: torch.Tensor, numbers: Sequence[float]) -> list[int]:
+        """A token of each row, `numbers` being the uniform ones of the `random` rows."""
+        for i, number in zip(self.random, numbers, strict=True):
+            self._u[i] = number
+        return [INVALID_TOKEN if id < 0 else id for id in ops.draw(logits_BV, *self._tensors).tolist()]
 
 
 def uniform(seed: int, index: int) -> float:
@@ -104,7 +137,8 @@ def uniform(seed: int, index: int) -> float:
 
 def is_adjusted(sampling: SamplingParams, num_generated: int) -> bool:
     """Whether mask, bias or penalties apply after this many tokens of output."""
-    return any(_adjustments(sampling, num_generated)) or bool(sampling.logit_bias)
+    masks, repeats, counts = _adjustments(sampling, num_generated)
+    return masks or repeats or counts or bool(sampling.logit_bias)
 
 
 def _adjustments(sampling: SamplingParams, num_generated: int) -> tuple[bool, bool, bool]:
@@ -146,7 +180,8 @@ def draw(row_V: Row, params: SamplingParams, u: float) -> int:
 
     row_V: adjusted logits. `INVALID_TOKEN` unless the largest one is finite.
     """
-    return _draw(_host_ops(), torch.from_numpy(row_V)[None], [0], [params], [u])[0]
+    columns = _Columns([0], [params])
+    return columns.draw(_host_ops(), torch.from_numpy(row_V)[None], [u for _ in columns.random])[0]
 
 
 def token_logprob(row_V: Row, token: int, num_top: int) -> TokenLogprob:
@@ -156,27 +191,6 @@ def token_logprob(row_V: Row, token: int, num_top: int) -> TokenLogprob:
 
 def _host_ops() -> SamplingOps:
     return sampling.select(torch.device("cpu"))
-
-
-def _draw(
-    ops: SamplingOps,
-    logits_BV: torch.Tensor,
-    rows: Sequence[int],
-    params: Sequence[SamplingParams],
-    numbers: Sequence[float],
-) -> list[int]:
-    """A token for each of the rows, with these params and uniform numbers."""
-    temperatures = [0.0 if one.is_greedy else one.temperature for one in params]
-    ids = ops.draw(
-        logits_BV,
-        _integers(rows),
-        _floats(temperatures),
-        _integers([one.top_k for one in params]),
-        _floats([one.top_p for one in params]),
-        _floats([one.min_p for one in params]),
-        _floats(numbers),
-    )
-    return [INVALID_TOKEN if id < 0 else id for id in ids.tolist()]
 
 
 def _logprobs(

@@ -113,7 +113,7 @@ class _Live:
     arrival: int
     tokens: list[int]  # prompt, then output
     computed: int = 0
-    pages: list[int] = field(default_factory=list[int])
+    pages: tuple[int, ...] = ()  # shared with its chunks, hence never changed in place
     ended: bool = False
 
     @property
@@ -190,7 +190,7 @@ class Scheduler:
         step = _Step(budget=self._limits.max_batch_tokens)
         self._continue_running(step)
         self._admit_waiting(step)
-        parts = sorted(step.parts, key=lambda part: (part[0].request.adapter or "", part[0].arrival))
+        parts = sorted(step.parts, key=lambda part: part[0].request.adapter or "")  # stable: each still by age
         chunks = tuple(_chunk(live, length) for live, length in parts)
         plan = Plan(chunks=chunks, preempted=tuple(step.preempted))
         self._in_flight = (plan, tuple(live for live, _ in parts))
@@ -215,10 +215,13 @@ class Scheduler:
                 outputs.append(self._append(live, sampled[chunk.id], limit))
         return outputs
 
-    def history(self, id: str) -> tuple[Request, Sequence[int]]:
-        """A live request and its known tokens, prompt then output, as the sampler takes them; read only."""
-        live = self._live[id]
-        return live.request, live.tokens
+    def sampling(self) -> tuple[list[Request], list[Sequence[int]]]:
+        """The requests of the plan in flight whose chunks sample, in plan order, and their known tokens, prompt then
+        output, as the sampler takes them; read only."""
+        assert self._in_flight is not None, "no plan in flight"
+        plan, lives = self._in_flight
+        chosen = [live for chunk, live in zip(plan.chunks, lives, strict=True) if chunk.samples]
+        return [live.request for live in chosen], [live.tokens for live in chosen]
 
     def uses(self, adapter: str) -> bool:
         """Whether a live request runs with this adapter."""
@@ -294,15 +297,10 @@ class Scheduler:
             self._running.append(self._waiting.popleft())
             self._place(live, length, step)
 
-    def _wanted(self, live: _Live, step: _Step) -> int:
-        """Tokens of its next chunk, pages aside."""
-        most = min(step.budget, self._limits.max_chunk or step.budget)
-        return min(len(live.tokens) - live.computed, most)
-
     def _fitting(self, live: _Live, step: _Step) -> int:
         """Tokens of its next chunk, shrunk to its own and the free pages; 0 = not one more fits."""
         room = (len(live.pages) + self._pool.num_free) * self._pool.page_size - live.computed
-        return min(self._wanted(live, step), room)
+        return min(len(live.tokens) - live.computed, step.budget, self._limits.max_chunk or step.budget, room)
 
     def _shortage(self, live: _Live) -> int:
         """Pages it should find free: those its known tokens still need, and some to go on."""
@@ -311,7 +309,8 @@ class Scheduler:
     def _place(self, live: _Live, length: int, step: _Step) -> None:
         """Puts its next `length` tokens into the step and allocates their pages."""
         missing = self._pool.pages_for(live.computed + length) - len(live.pages)
-        live.pages.extend(self._pool.allocate(missing))
+        if missing:
+            live.pages += tuple(self._pool.allocate(missing))
         step.budget -= length
         step.parts.append((live, length))
 
@@ -319,7 +318,7 @@ class Scheduler:
         """Back to the front of the queue; never one already in the step, those being older."""
         live = self._running.pop()
         self._pool.free(live.pages)
-        live.pages = []
+        live.pages = ()
         live.computed = 0
         self._waiting.appendleft(live)
         self._preemptions += 1
@@ -365,7 +364,7 @@ class Scheduler:
         del self._live[live.request.id]
         (self._running if live in self._running else self._waiting).remove(live)
         self._pool.free(live.pages)
-        live.pages = []
+        live.pages = ()
 
 
 def _chunk(live: _Live, length: int) -> Chunk:
@@ -375,6 +374,6 @@ def _chunk(live: _Live, length: int) -> Chunk:
         adapter=live.request.adapter,
         start=live.computed,
         tokens=tuple(live.tokens[live.computed : end]),
-        pages=tuple(live.pages),
+        pages=live.pages,
         samples=end == len(live.tokens),
     )

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <optional>
 
 #include "kernels.h"
 #include "vec.h"
@@ -236,19 +237,29 @@ class Order {
   }
 };
 
-int64_t first_of(const float* logits, float value) {
+// Where `value`, which is among the logits, comes first; whole steps are compared in vectors.
+int64_t first_of(const float* logits, int64_t count, float value) {
+  constexpr int64_t STEP = 256;
   int64_t i = 0;
+  for (; i + STEP <= count; i += STEP) {
+    int32_t found = 0;
+    for (int64_t j = i; j < i + STEP; ++j) found |= logits[j] == value;
+    if (found) break;
+  }
   while (logits[i] != value) ++i;
   return i;
 }
 
-int64_t draw_one(const DrawArgs& a, int64_t n, List& list) {
+// room: for a list of all tokens, made when it is first needed.
+int64_t draw_one(const DrawArgs& a, int64_t n, std::optional<List>& room) {
   const float* logits = a.logits + a.rows[n] * a.row_stride;
   const Range range = range_of(logits, a.vocab);
   const float largest = range.high;
   if (range.has_nan || __builtin_fabsf(largest) > __FLT_MAX__) return -1;
   const double temperature = a.temperature[n];
-  if (temperature <= 0) return first_of(logits, largest);
+  if (temperature <= 0) return first_of(logits, a.vocab, largest);
+  if (!room) room.emplace(a.vocab);
+  List& list = *room;
   double floor = largest - 33 * temperature;  // below, weights are 0
   if (a.min_p[n] > 0) floor = std::max(floor, largest + temperature * log(a.min_p[n]));
   if (range.low >= float(floor)) list.fill(logits, a.vocab);
@@ -300,8 +311,8 @@ void logprob_one(const LogProbArgs& a, int64_t n) {
 }  // namespace
 
 KERNEL(draw)(const DrawArgs& args, int64_t first, int64_t last) {
-  List list(args.vocab);
-  for (int64_t n = first; n < last; ++n) args.ids[n] = draw_one(args, n, list);
+  std::optional<List> room;
+  for (int64_t n = first; n < last; ++n) args.ids[n] = draw_one(args, n, room);
 }
 
 KERNEL(logprobs)(const LogProbArgs& args, int64_t first, int64_t last) {

@@ -102,7 +102,17 @@ def test_the_newest_is_preempted_and_comes_back_first_with_its_tokens():
     chunks, outputs = step(subject, token=61)
     assert chunks == [("b", 0, 13)]  # prompt and the nine tokens it had, at once; before c
     assert outputs[0].tokens == (61,)
-    assert list(subject.history("b")[1]) == [1, 2, 3, 4, *[60] * 9, 61]
+    subject.schedule()
+    assert [list(tokens) for tokens in subject.sampling()[1]] == [[1, 2, 3, 4, *[60] * 9, 61]]
+
+
+def test_the_sampler_is_told_of_the_chunks_that_reach_the_end_of_their_tokens():
+    subject = scheduler(max_chunk=4)
+    requests = [request("a", 2, adapter="z"), request("b", 5), request("c", 3)]
+    for one in requests:
+        subject.add(one)
+    subject.schedule()  # c and a: the base first
+    assert subject.sampling() == ([requests[2], requests[0]], [[1, 2, 3], [1, 2]])
 
 
 def test_a_chunk_shrinks_to_the_free_pages_then_waits_then_yields():
