@@ -90,7 +90,7 @@ def build(
 
 def segments(chunks: Sequence[Chunk], used: Sequence[LoadedAdapter | None]) -> tuple[Segment, ...]:
     """Tokens of the chunks that run with LoRA, those of one adapter together."""
-    if all(adapter is None or adapter.slot is None for adapter in used):
+    if not any(used):
         return ()
     found: list[Segment] = []
     start = 0

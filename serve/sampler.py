@@ -116,7 +116,7 @@ class _Columns:
             _floats([one.min_p for one in params]),
             _floats([0.0 for _ in params]),
         )
-        self._u = memoryview(self._tensors[-1].numpy())
+        self._u = memoryview(self._tensors[-1].numpy()).cast("B").cast("d")
 
     def are(self, rows: Sequence[int], params: Sequence[SamplingParams]) -> bool:
         """Whether they were made for these."""

@@ -112,13 +112,12 @@ class _Live:
     request: Request
     arrival: int
     tokens: list[int]  # prompt, then output
+    stops: frozenset[int]  # tokens that end it, once it has more than `least` tokens
+    least: int
+    most: int | None  # tokens at which it ends anyway
     computed: int = 0
     pages: tuple[int, ...] = ()  # shared with its chunks, hence never changed in place
     ended: bool = False
-
-    @property
-    def num_generated(self) -> int:
-        return len(self.tokens) - len(self.request.prompt)
 
 
 @dataclass(eq=False, slots=True)
@@ -167,7 +166,7 @@ class Scheduler:
                 raise RequestError("prompt", len(request.prompt), rule)
         except RequestError as error:
             return Output(id=request.id, finish="error", error=str(error))
-        live = _Live(request=request, arrival=self._arrivals, tokens=list(request.prompt))
+        live = self._live_of(request)
         self._arrivals += 1
         self._live[request.id] = live
         self._waiting.append(live)
@@ -210,7 +209,7 @@ class Scheduler:
         for chunk, live in zip(plan.chunks, lives, strict=True):
             if live.ended:
                 continue
-            live.computed = chunk.end
+            live.computed = chunk.start + len(chunk.tokens)
             if chunk.samples:
                 outputs.append(self._append(live, sampled[chunk.id], limit))
         return outputs
@@ -338,13 +337,22 @@ class Scheduler:
         return Output(id=id, tokens=(token,), finish=finish)
 
     def _finish(self, live: _Live, token: int, limit: int) -> Finish | None:
-        sampling = live.request.sampling
-        is_stop = token in sampling.stop_ids or (token in self._eos_ids and not sampling.ignore_eos)
-        if is_stop and live.num_generated > sampling.min_tokens:
+        length = len(live.tokens)
+        if token in live.stops and length > live.least:
             return "stop"
-        if live.num_generated == sampling.max_tokens or len(live.tokens) >= limit:
-            return "length"
-        return None
+        return "length" if length == live.most or length >= limit else None
+
+    def _live_of(self, request: Request) -> _Live:
+        sampling, length = request.sampling, len(request.prompt)
+        eos_ids: frozenset[int] = frozenset() if sampling.ignore_eos else self._eos_ids
+        return _Live(
+            request=request,
+            arrival=self._arrivals,
+            tokens=list(request.prompt),
+            stops=eos_ids.union(sampling.stop_ids) if sampling.stop_ids else eos_ids,
+            least=length + sampling.min_tokens,
+            most=None if sampling.max_tokens is None else length + sampling.max_tokens,
+        )
 
     def _length_limit(self) -> int:
         """Most tokens of a request: `max_length`, or what the pages not pinned by other owners hold."""

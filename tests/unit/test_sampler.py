@@ -41,6 +41,23 @@ def test_greedy_takes_the_largest_and_of_equals_the_lowest_id():
     assert logprobs == [None] * 3
 
 
+def test_a_sampler_draws_the_same_whoever_was_there_the_step_before():
+    """Requests come, go, stay and change places, some in need of changed logits; each draws as with a new sampler."""
+    random, greedy, cold = request("a", seed=3), request("b", temperature=0), request("c", temperature=0.2, top_k=5)
+    other, biased = request("a", seed=4), request("d", logit_bias=((7, 3.0),))
+    kept, steps = (
+        Sampler(EOS),
+        [[random, greedy], [random, greedy], [other, greedy], [greedy, random], [biased, random]],
+    )
+    steps += [[random], [biased], [cold, random, greedy], [cold, greedy], [random, biased, greedy], [greedy, greedy]]
+    found = []
+    for step, requests in enumerate(steps):
+        logits_BV, histories = logits(len(requests), 800, step, scale=0.5), [[1, 2, *[5] * step] for _ in requests]
+        found.append(kept.sample(logits_BV, requests, histories)[0])
+        assert found[-1] == Sampler(EOS).sample(logits_BV, requests, histories)[0]
+    assert all(row[-1] != row[0] for row in found if len(row) > 1), "rows differ"
+
+
 def test_the_input_stays_as_it_is():
     logits_BV = logits(1, 50)
     before = logits_BV.clone()
