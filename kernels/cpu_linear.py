@@ -16,6 +16,7 @@ from kernels import checks, cpu_rows
 from kernels.master import Master
 from kernels.memory import Area
 from kernels.ops import LowRank, Packed, Part, Rows, Weight
+from kernels.reference import embedding_part
 
 PANEL = 48
 """Rows of a weight that stand together (`kernels/cpu/kernels.h`)."""
@@ -239,8 +240,8 @@ def _grad_x(dys: Sequence[Tensor | None], weights: Sequence[Weight], dtype: torc
     return total
 
 
-def embedding(ids_T: Tensor, w_VD: Weight) -> Tensor:
+def embedding(ids_T: Tensor, w_VD: Weight, part: int | None = None) -> Tensor:
     """`reference.embedding`, of a packed weight too."""
-    if not isinstance(w_VD, Packed):
-        return cpu_rows.embedding(ids_T, w_VD)
-    return torch.ops.onemesh.packed_rows(ids_T.contiguous(), w_VD.data, w_VD.shape[0], w_VD.shape[1])
+    if isinstance(w_VD, Packed):
+        return torch.ops.onemesh.packed_rows(ids_T.contiguous(), w_VD.data, *w_VD.shape, part)
+    return cpu_rows.embedding(ids_T, w_VD) if part is None else embedding_part(cpu_rows.embedding, ids_T, w_VD, part)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from kernels import autograd_rows
+from kernels.reference import embedding_part
 
 SILU, GELU_TANH = 0, 1
 """Codes of activations (`kernels/cuda/kernels.h`)."""
@@ -88,11 +89,13 @@ def write_pages(
     )
 
 
-def embedding(ids_T: Tensor, w_VD: Tensor) -> Tensor:
+def embedding(ids_T: Tensor, w_VD: Tensor, part: int | None = None) -> Tensor:
     """`reference.embedding`, but an id that w doesn't have gives a row of NaN: ids aren't looked at on the host.
 
     In the gradient a row's tokens are summed in float32, in their order, whatever other ids there are.
     """
+    if part is not None:
+        return embedding_part(embedding, ids_T, w_VD, part)
     ids_T = ids_T.to(torch.int64)
     if not torch.is_grad_enabled():
         return _embedding(ids_T, w_VD)

@@ -89,9 +89,21 @@ def add_weight_gradient(out_NK: Tensor, grad_TN: Tensor, x_TK: Tensor) -> None:
     out_NK += grad_TN.to(work).t() @ x_TK.to(work)
 
 
-def embedding(ids_T: Tensor, w_VD: Tensor) -> Tensor:
-    """Rows `w[ids]` -> [T, D] in w.dtype; ids are int32 or int64."""
+def embedding(ids_T: Tensor, w_VD: Tensor, part: int | None = None) -> Tensor:
+    """Rows `w[ids]` -> [T, D] in w.dtype; ids are int32 or int64.
+
+    part: w is a part of a larger table and holds the rows from this id on; ids of the other parts give zeros.
+    """
+    if part is not None:
+        return embedding_part(F.embedding, ids_T, w_VD, part)
     return F.embedding(ids_T, w_VD)
+
+
+def embedding_part(gather: Callable[[Tensor, Tensor], Tensor], ids_T: Tensor, w_VD: Tensor, part: int) -> Tensor:
+    """`embedding` of a part of a table by `gather(ids, w)`, which takes ids of its rows alone."""
+    is_here = (ids_T >= part) & (ids_T < part + w_VD.shape[0])
+    x_TD = gather(torch.where(is_here, ids_T - part, 0), w_VD)
+    return torch.where(is_here[:, None], x_TD, 0.0)
 
 
 def rms_norm(x_TD: Tensor, w_D: Tensor, eps: float) -> Tensor:

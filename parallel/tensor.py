@@ -152,7 +152,7 @@ class Embedding(nn.Module):
         super().__init__()
         architecture = build.architecture
         self.ops, self.tensor, self.dtype = build.ops, build.tensor, build.dtype
-        self.start, self.stop = build.here.vocab
+        self.start, _ = build.here.vocab
         spec, self.weight = build.matrix(f"{name}.weight", architecture.vocab_size, architecture.width)
         self.specs = {"weight": spec}
 
@@ -160,9 +160,8 @@ class Embedding(nn.Module):
         """int64 [T] -> [T, D] in the compute dtype, replicated (one all-reduce of T * D elements)."""
         if self.tensor.size == 1:
             return self.ops.embedding(ids_T, self.weight).to(self.dtype)
-        here = (ids_T >= self.start) & (ids_T < self.stop)
-        x_TD = self.ops.embedding(torch.where(here, ids_T - self.start, 0), self.weight).to(self.dtype)
-        return regions.leave(torch.where(here[:, None], x_TD, 0.0), self.tensor)
+        x_TD = self.ops.embedding(ids_T, self.weight, self.start).to(self.dtype)
+        return regions.leave(x_TD, self.tensor)
 
 
 class Norm(nn.Module):

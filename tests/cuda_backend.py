@@ -91,6 +91,7 @@ def check_embedding() -> None:
         for dtype in DTYPES:
             compare(lambda o, t: (o.embedding(ids, t["w"]), o.embedding(ids.int(), t["w"])), inputs, dtype)
             compare(lambda o, t: (o.embedding(ids, t["w"]),), inputs, dtype, grad=True)
+            compare(lambda o, t: (o.embedding(ids + 80, t["w"], 85),), inputs, dtype, grad=True)  # a part of a table
     w, grad = draw(1, 50, 37).requires_grad_(), draw(2, 90, 37)
     (whole,) = torch.autograd.grad(CUDA.embedding(ids, w), w, grad)
     (alone,) = torch.autograd.grad(CUDA.embedding(ids[ids == 7], w), w, grad[ids == 7])

@@ -231,32 +231,47 @@ Tensor turn(const Tensor packed, int64_t out_width, int64_t in_width, int64_t fi
   return out;
 }
 
-// Rows of a packed weight.
+// Rows of a packed weight; where it is a part of a larger one, zeros for the ids of other parts.
 struct GatherCall : Call {
   void* to;
   const void* packed;
   const int64_t* ids;
   int64_t count, out_width, in_width;
+  std::optional<int64_t> part;  // the id of its first row there
   bool bf16;
 
   void prepare(int64_t) override {
+    if (part) return;
     for (int64_t t = 0; t < count; ++t)
       STD_TORCH_CHECK(ids[t] >= 0 && ids[t] < out_width, "packed_rows: ids[", t, "]=", ids[t], " of ", out_width, " rows");
   }
   int64_t most_threads() const override { return threads_for(count, 4 * in_width); }  // its elements lie apart
   void work(int64_t thread, int64_t threads) override {
     const Share share(count, thread, threads);
-    kernels().gather(to, packed, ids, in_width, share.first, share.last, bf16);
+    if (!part) return kernels().gather(to, packed, ids, in_width, share.first, share.last, bf16);
+    const int64_t bytes = in_width * (bf16 ? 2 : 4);
+    for (int64_t t = share.first; t < share.last; ++t) {
+      char* const row = static_cast<char*>(to) + t * bytes;
+      if (ids[t] < *part || ids[t] - *part >= out_width) {
+        std::memset(row, 0, bytes);
+        continue;
+      }
+      const int64_t id = ids[t] - *part;
+      kernels().gather(row, packed, &id, in_width, 0, 1, bf16);
+    }
   }
 };
 
-Tensor packed_rows(const Tensor ids, const Tensor packed, int64_t out_width, int64_t in_width) {
+Tensor packed_rows(const Tensor ids, const Tensor packed, int64_t out_width, int64_t in_width,
+                   std::optional<int64_t> part) {
+  STD_TORCH_CHECK(!part || *part >= 0, "packed_rows: part=", *part, " is negative");
   check_type("packed_rows", "ids", ids, 1, ScalarType::Long);
   check_packed("packed_rows", "packed", packed, out_width, in_width);
   Tensor out = new_result(packed, {ids.size(0), in_width});
   auto call = std::make_unique<GatherCall>();
   call->to = out.mutable_data_ptr(), call->packed = packed.const_data_ptr(), call->ids = integers(ids);
   call->count = ids.size(0), call->out_width = out_width, call->in_width = in_width, call->bf16 = is_bf16(packed);
+  call->part = part;
   run(std::move(call));
   return out;
 }
@@ -340,7 +355,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(onemesh, m) {
   m.def("empty_packed(Tensor like, int out_width, int in_width) -> Tensor");
   m.def("pack_rows(Tensor(a!) packed, Tensor w, int first) -> ()");
   m.def("turn(Tensor packed, int out_width, int in_width, int first, int last) -> Tensor");
-  m.def("packed_rows(Tensor ids, Tensor packed, int out_width, int in_width) -> Tensor");
+  m.def("packed_rows(Tensor ids, Tensor packed, int out_width, int in_width, int? part=None) -> Tensor");
   m.def(
       "linears(Tensor x, Tensor[] packed, Tensor?[] bias, int[] widths, bool float_out, Tensor[] h, Tensor[] b, "
       "int[] updates) -> Tensor");

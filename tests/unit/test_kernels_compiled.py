@@ -12,7 +12,7 @@ import torch
 from kernels import cpu_ops, dispatch
 from kernels.dispatch import REFERENCE
 from kernels.invariance import cancelling_factors
-from tests.backends import backend, packed
+from tests.backends import BACKENDS, backend, packed
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -164,6 +164,25 @@ def test_rows_of_a_packed_weight(dtype, n, k):
     ops, w = backend("compiled", dtype), torch.randn(n, k).to(dtype)
     ids = torch.randint(0, n, (37,))
     assert torch.equal(ops.embedding(ids, packed(ops, w)), w[ids])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("first", "stop"), [(0, 101), (0, 7), (7, 56), (56, 101)])
+def test_rows_of_a_part_of_a_table(name, dtype, first, stop):
+    ops, table, ids = backend(name, dtype), torch.randn(101, 13).to(dtype), torch.randint(0, 101, (300,))
+    ids[:4] = torch.tensor([first, min(stop, 100), max(first - 1, 0), stop - 1])
+    is_here = (ids >= first) & (ids < stop)
+    expected = table[ids] * is_here[:, None]
+    part = table[first:stop].clone().requires_grad_()
+    with torch.no_grad():
+        assert torch.equal(ops.embedding(ids, packed(ops, part.detach()), first), expected)
+    out = ops.embedding(ids, part, first)
+    assert torch.equal(out, expected)
+    weights = torch.randint(-3, 4, out.shape).to(dtype)
+    (grad,) = torch.autograd.grad(out, part, weights)
+    exact = torch.zeros(101, 13).index_add_(0, ids, weights.float())[first:stop]
+    assert torch.equal(grad, exact.to(dtype))
 
 
 def test_what_a_packed_weight_cannot_do_is_named():
