@@ -58,15 +58,8 @@ def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_model(
-    path: Path,
-    architecture: Architecture,
-    *,
-    kind: str = "llama",
-    extra: Callable[[gguf.GGUFWriter], None] | None = None,
-) -> dict[str, torch.Tensor]:
-    """A float32 GGUF file as llama.cpp's converter would write it."""
-    writer = gguf.GGUFWriter(path, kind)
+def add_architecture(writer: gguf.GGUFWriter, architecture: Architecture) -> None:
+    """The metadata that every file has; lengths of heads only where they don't follow from the rest."""
     writer.add_block_count(architecture.num_layers)
     writer.add_context_length(architecture.max_positions)
     writer.add_embedding_length(architecture.width)
@@ -78,6 +71,18 @@ def write_model(
     if architecture.head_dim * architecture.num_heads != architecture.width:
         writer.add_key_length(architecture.head_dim)
         writer.add_value_length(architecture.head_dim)
+
+
+def write_model(
+    path: Path,
+    architecture: Architecture,
+    *,
+    kind: str = "llama",
+    extra: Callable[[gguf.GGUFWriter], None] | None = None,
+) -> dict[str, torch.Tensor]:
+    """A float32 GGUF file as llama.cpp's converter would write it."""
+    writer = gguf.GGUFWriter(path, kind)
+    add_architecture(writer, architecture)
     if extra:
         extra(writer)
     weights = weights_of(architecture)

@@ -122,16 +122,18 @@ void linears(const Kernels& k, bool is_bf16) {
   const int64_t units = (WIDTH + per_unit - 1) / per_unit, row_units = (ROWS + per_unit - 1) / per_unit;
   Numbers x = Numbers::drawn(12, ROWS * WIDTH, is_bf16), w = Numbers::drawn(13, outputs * WIDTH, is_bf16);
   Numbers bias = Numbers::drawn(14, outputs, is_bf16);
-  Numbers packed(panels * units * PANEL * per_unit, is_bf16), plain(outputs * WIDTH, is_bf16);
+  const int64_t output_units = (outputs + per_unit - 1) / per_unit;
+  Numbers packed(panels * units * PANEL * per_unit, is_bf16);
+  Numbers turned(panels_of(WIDTH) * output_units * PANEL * per_unit, is_bf16);
   if (k.pack) {
     k.pack({packed, w, 1, outputs, outputs, WIDTH, is_bf16, is_bf16}, 0, panels);  // by columns
     print("pack", is_bf16, packed);
     k.pack({packed, w, WIDTH, 1, outputs, WIDTH, is_bf16, is_bf16}, 0, panels);
     print("pack", is_bf16, packed);
   }
-  if (k.unpack) {
-    k.unpack(plain, packed, outputs, WIDTH, 0, panels, is_bf16);
-    print("unpack", is_bf16, plain);
+  if (k.turn) {
+    k.turn({turned, packed, outputs, WIDTH, 0}, 0, panels_of(WIDTH), is_bf16);
+    print("turn", is_bf16, turned);
   }
   const std::vector<int64_t> ids{0, 47, 48, 100, 5};
   Numbers rows(ids.size() * WIDTH, is_bf16);

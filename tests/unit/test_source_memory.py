@@ -17,6 +17,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from conf.schema import Architecture
 from parallel.model.hf import parameter_shapes, write_config
 from parallel.model.safetensors_io import build_header
+from tests.gguf_files import add_architecture, their_name
 
 BIG = Architecture(
     num_layers=8,
@@ -94,33 +95,14 @@ def write_safetensors(folder: Path, architecture: Architecture, dtype: torch.dty
 def write_gguf(path: Path, architecture: Architecture, kind: GGMLQuantizationType) -> Path:
     """The same as a quantised GGUF file, with a vocabulary in its header."""
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(architecture.num_layers)
-    writer.add_context_length(architecture.max_positions)
-    writer.add_embedding_length(architecture.width)
-    writer.add_feed_forward_length(architecture.ffn_width)
-    writer.add_head_count(architecture.num_heads)
-    writer.add_head_count_kv(architecture.num_kv_heads)
-    writer.add_layer_norm_rms_eps(architecture.norm_eps)
+    add_architecture(writer, architecture)
     writer.add_token_list([f"token {number}" for number in range(150_000)])
-    names = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output"}
-    names |= {f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"} | {
-        f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")
-    }
-    names |= {
-        "model.layers.": "blk.",
-        "model.norm": "output_norm",
-        "model.embed_tokens": "token_embd",
-        "lm_head": "output",
-    }
     end = 0
     for name, shape in parameter_shapes(architecture).items():
-        theirs = name
-        for ours, their in names.items():
-            theirs = theirs.replace(ours, their)
         stored = kind if len(shape) == 2 else GGMLQuantizationType.F32
         block, block_bytes = GGML_QUANT_SIZES[stored]
         length = math.prod(shape) // block * block_bytes
-        writer.add_tensor_info(theirs, shape, torch.zeros(0).numpy().dtype, length, raw_dtype=stored)
+        writer.add_tensor_info(their_name(name), shape, torch.zeros(0).numpy().dtype, length, raw_dtype=stored)
         end += -(-length // 32) * 32
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
