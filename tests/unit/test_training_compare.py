@@ -139,6 +139,9 @@ def test_every_contender_reads_the_same_rows_and_weights(tmp_path):
 
 CONTENDER = """
 import json, os, sys, time
+told = f"{sys.argv[1]}.{os.environ['RANK']}"
+open(told + ".part", "w").write(f"{os.getpid()} {os.environ['OMP_NUM_THREADS']}")
+os.replace(told + ".part", told)  # whole or not at all: it may be killed at any time
 held = bytearray(64 << 20)
 for i in range(0, len(held), 4096): held[i] = 1
 for step in range(1, 4):
@@ -146,7 +149,6 @@ for step in range(1, 4):
     if os.environ["RANK"] == "0":
         record = {"step": step, "loss": 5 - step, "tokens": 8, "tokens_per_second": 8 / step}
         print(json.dumps(record), file=open(sys.argv[1], "a"))
-open(f"{sys.argv[1]}.{os.environ['RANK']}", "w").write(f"{os.getpid()} {os.environ['OMP_NUM_THREADS']}")
 time.sleep(60)
 """
 
@@ -158,6 +160,7 @@ def test_a_contender_is_measured_over_its_ranks_and_ended(tmp_path):
     assert found.seconds == pytest.approx((2, 3))  # without the warm-up
     assert 2 * (64 << 20) < found.memory.anonymous <= found.memory.resident < 4 * (64 << 20)
     told = [(tmp_path / f"metrics.jsonl.{rank}") for rank in range(2)]
+    assert told[0].exists()  # the other rank may not have come so far
     for file in filter(Path.exists, told):
         pid, threads = file.read_text().split()
         assert int(threads) == max(1, len(os.sched_getaffinity(0)) // 2)
