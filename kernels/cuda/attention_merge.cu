@@ -1,7 +1,5 @@
 // Attention over the union of two disjoint sets of keys from (out, lse) of each, and the gradients of the four. A group of
 // LANES threads has a pair (row, head) and takes its vectors in turn.
-#include <initializer_list>
-
 #include "vector.cuh"
 
 namespace {
@@ -77,24 +75,17 @@ __global__ void __launch_bounds__(THREADS) merge_grad(const AttentionMergeGradAr
   a.grad_second_lse[pair] = shares.second * (grad_lse - shares.first * differing);
 }
 
-template <class T>
-bool all_whole(std::initializer_list<const void*> tables, int64_t head_dim) {
-  for (const void* x : tables)
-    if (!on_borders(static_cast<const T*>(x), head_dim)) return false;
-  return true;
-}
-
 unsigned num_blocks(int64_t pairs) { return unsigned((pairs * LANES + THREADS - 1) / THREADS); }
 
 template <class T>
 int launch_merge(const AttentionMergeArgs& a, cudaStream_t stream) {
-  const auto kernel = all_whole<T>({a.first, a.second, a.out}, a.head_dim) ? &merge<T, true> : &merge<T, false>;
+  const auto kernel = all_on_borders<T>({a.first, a.second, a.out}, a.head_dim) ? &merge<T, true> : &merge<T, false>;
   return launch(kernel, dim3(num_blocks(a.pairs)), dim3(THREADS), 0, stream, a);
 }
 
 template <class T>
 int launch_grad(const AttentionMergeGradArgs& a, cudaStream_t stream) {
-  const bool whole = all_whole<T>({a.first, a.second, a.grad_out, a.grad_first, a.grad_second}, a.head_dim);
+  const bool whole = all_on_borders<T>({a.first, a.second, a.grad_out, a.grad_first, a.grad_second}, a.head_dim);
   const auto kernel = whole ? &merge_grad<T, true> : &merge_grad<T, false>;
   return launch(kernel, dim3(num_blocks(a.pairs)), dim3(THREADS), 0, stream, a);
 }

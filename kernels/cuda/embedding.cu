@@ -49,21 +49,17 @@ dim3 grid(int64_t rows, int64_t width) {
   return dim3(unsigned(rows), unsigned((width + PER_BLOCK - 1) / PER_BLOCK));
 }
 
-// Whether all rows of two tables without gaps lie on 16-byte borders.
-template <class T>
-bool both_whole(const void* x, const void* y, int64_t width) {
-  return on_borders(static_cast<const T*>(x), width) && on_borders(static_cast<const T*>(y), width);
-}
-
 template <class T>
 int launch_embedding(const EmbeddingArgs& a, cudaStream_t stream) {
-  const auto kernel = both_whole<T>(a.weight, a.out, a.width) ? &embedding<T, true> : &embedding<T, false>;
+  const bool whole = all_on_borders<T>({a.weight, a.out}, a.width);
+  const auto kernel = whole ? &embedding<T, true> : &embedding<T, false>;
   return launch(kernel, grid<T>(a.rows, a.width), dim3(THREADS), 0, stream, a);
 }
 
 template <class T>
 int launch_grad(const EmbeddingGradArgs& a, cudaStream_t stream) {
-  const auto kernel = both_whole<T>(a.grad, a.out, a.width) ? &embedding_grad<T, true> : &embedding_grad<T, false>;
+  const bool whole = all_on_borders<T>({a.grad, a.out}, a.width);
+  const auto kernel = whole ? &embedding_grad<T, true> : &embedding_grad<T, false>;
   return launch(kernel, grid<T>(a.rows, a.width), dim3(THREADS), 0, stream, a);
 }
 

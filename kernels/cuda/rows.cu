@@ -109,11 +109,8 @@ __global__ void __launch_bounds__(THREADS) rotary(const RotaryArgs a, unsigned p
 
 template <class T>
 int launch_rms_norm(const RmsNormArgs& a, cudaStream_t stream) {
-  bool whole = on_borders(static_cast<const T*>(a.x), a.width) && on_borders(static_cast<const T*>(a.out), a.width) &&
-               on_borders(static_cast<const T*>(a.weight), a.width);
-  if (a.residual)
-    whole = whole && on_borders(static_cast<const T*>(a.residual), a.width) &&
-            on_borders(static_cast<const T*>(a.sum), a.width);
+  bool whole = all_on_borders<T>({a.x, a.out, a.weight}, a.width);
+  if (a.residual) whole = whole && all_on_borders<T>({a.residual, a.sum}, a.width);
   const auto kernel = whole ? &rms_norm<T, true> : &rms_norm<T, false>;
   return launch(kernel, dim3(unsigned(a.rows)), dim3(THREADS), 0, stream, a);
 }

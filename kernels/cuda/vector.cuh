@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 #include "kernels.h"
 #include "launch.cuh"
@@ -79,6 +80,14 @@ __device__ __forceinline__ void store(T* p, int64_t count, const float (&x)[Vec<
 template <class T>
 bool on_borders(const T* p, int64_t stride) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % Vec<T>::N == 0;
+}
+
+// The same of several tables of one width, without gaps between rows.
+template <class T>
+bool all_on_borders(std::initializer_list<const void*> tables, int64_t width) {
+  for (const void* p : tables)
+    if (!on_borders(static_cast<const T*>(p), width)) return false;
+  return true;
 }
 
 __device__ __forceinline__ float warp_sum(float x) {
