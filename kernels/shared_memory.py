@@ -1,25 +1,26 @@
 """Collectives of ranks on one host through memory that they share (`kernels/shm/`), as methods on tensors.
 
-The C++ side is reached through ctypes: a call costs about half a microsecond and lets go of Python's lock. Where the
-library wasn't built (no compiler at installation), `load` returns None.
+The C++ side is a Python module, `kernels._shm`. Where it wasn't built (no compiler or no headers of Python at
+installation), `load` returns None.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
-import weakref
+import sysconfig
 from collections import deque
 from collections.abc import Callable, Sequence
-from ctypes import POINTER, byref, c_double, c_int, c_uint64, c_void_p
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kernels.replay import Direct
+
+if TYPE_CHECKING:
+    from kernels._shm import Arena
 
 LIBRARY = Path(__file__).with_name("_shm.so")
 
@@ -41,19 +42,6 @@ _REASONS = {
     6: "the group belongs to the process that this one was forked from",
 }
 _GONE = (1, 2, 3)
-_ARGUMENTS = {
-    "open": [c_int, c_int, c_int, c_double, POINTER(c_void_p)],
-    "watch": [c_void_p, c_void_p, c_int],
-    "close": [c_void_p],
-    "lost": [c_void_p],
-    "all_reduce": [c_void_p, c_void_p, c_uint64, c_int],
-    "reduce_scatter": [c_void_p, c_void_p, c_void_p, c_void_p, c_uint64, c_int],
-    "all_gather": [c_void_p, c_void_p, c_void_p, c_void_p, c_uint64, c_uint64],
-    "broadcast": [c_void_p, c_void_p, c_uint64, c_int],
-    "send": [c_void_p, c_void_p, c_uint64, c_int],
-    "receive": [c_void_p, c_void_p, c_uint64, c_int],
-    "barrier": [c_void_p],
-}
 
 
 class Broken(RuntimeError):
@@ -65,17 +53,15 @@ class Broken(RuntimeError):
         self.is_gone = is_gone
 
 
-def load() -> ctypes.CDLL | None:
-    """The library, None where it isn't built. Raises RuntimeError when it is built, but doesn't load."""
-    if not LIBRARY.is_file():
+def load() -> type[Arena] | None:
+    """What maps a group's memory, None where it isn't built. Raises RuntimeError when it is built, but doesn't load."""
+    if not LIBRARY.is_file() or sysconfig.get_config_var("Py_GIL_DISABLED"):  # such a Python has another ABI
         return None
     try:
-        library = ctypes.CDLL(str(LIBRARY))  # not use_errno: it costs every call
-    except OSError as error:
+        from kernels import _shm
+    except ImportError as error:
         raise RuntimeError(f"{LIBRARY} doesn't load ({error}); build it again: make clean install") from None
-    for name, arguments in _ARGUMENTS.items():
-        getattr(library, f"onemesh_shm_{name}").argtypes = arguments
-    return library
+    return _shm.Arena
 
 
 @dataclass(slots=True, eq=False)
@@ -92,7 +78,7 @@ class Receipt:
         memory = self.memory
         while not self.done:
             first = memory._asked[self.source].popleft()
-            code = memory._receive(memory._arena, first.x.data_ptr(), first.x.nbytes, first.source)
+            code = memory._receive(first.x.data_ptr(), first.x.nbytes, first.source)
             if code:
                 raise memory.broken(code)
             first.done = True
@@ -107,50 +93,30 @@ class SharedMemory:
     bfloat16 and float16 are summed in float32 and rounded once. Integers wrap; a maximum with NaN is NaN.
     """
 
-    library: ctypes.CDLL
-    fd: int
-    """A memfd that all ranks have opened; it is closed with the group."""
+    arena: Arena
+    """The memory; it is closed with the group."""
     place: int
     ranks: tuple[int, ...]
     timeout_s: float
-    _arena: int = field(init=False, default=0)
     _asked: list[deque[Receipt]] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Maps the memory; raises OSError when the host doesn't give it."""
-        opened = c_void_p()
-        error = self.library.onemesh_shm_open(self.fd, self.place, len(self.ranks), self.timeout_s, byref(opened))
-        if error:
-            raise OSError(error, os.strerror(error))
-        arena = opened.value
-        assert arena is not None
-        self._arena = arena
+        arena = self.arena
         self._asked = [deque() for _ in self.ranks]
-        self._sizes = c_uint64 * len(self.ranks)
-        weakref.finalize(self, self.library.onemesh_shm_close, arena)
-        self._all_reduce = self.library.onemesh_shm_all_reduce
-        self._reduce_scatter = self.library.onemesh_shm_reduce_scatter
-        self._all_gather = self.library.onemesh_shm_all_gather
-        self._broadcast = self.library.onemesh_shm_broadcast
-        self._barrier = self.library.onemesh_shm_barrier
-        self._send = self.library.onemesh_shm_send
-        self._receive = self.library.onemesh_shm_receive
-
-    def watch(self, pids: Sequence[int], ranks_on_host: int) -> None:
-        """Completes the group once every rank has mapped it; raises OSError when a process can't be watched.
-
-        pids: by place. ranks_on_host: how many ranks compete for its processors; it decides how to wait.
-        """
-        error = self.library.onemesh_shm_watch(self._arena, (c_int * len(pids))(*pids), ranks_on_host)
-        if error:
-            raise OSError(error, os.strerror(error))
+        self._all_reduce = arena.all_reduce  # looked up once, not at every call
+        self._reduce_scatter = arena.reduce_scatter
+        self._all_gather = arena.all_gather
+        self._broadcast = arena.broadcast
+        self._barrier = arena.barrier
+        self._send = arena.send
+        self._receive = arena.receive
 
     def all_reduce(self, x: Tensor, op: str) -> None:
         """Reduces `x` in place by `sum` or `max`, in rank order."""
         kind = _TYPES.get((x.dtype, op))
         if kind is None or not x.is_contiguous():
             raise _unsuitable(x, op)
-        code = self._all_reduce(self._arena, x.data_ptr(), x.numel(), kind)
+        code = self._all_reduce(x.data_ptr(), x.numel(), kind)
         if code:
             raise self.broken(code)
 
@@ -160,9 +126,8 @@ class SharedMemory:
 
     def direct_sum(self, x: Tensor, error: Callable[[int], Exception], note: Callable[[int], None]) -> Direct:
         """The sum of `all_reduce`, for recordings; `error` must keep this group alive."""
-        function = ctypes.cast(self._all_reduce, c_void_p).value
-        assert function is not None
-        return Direct(function, self._arena, x, _kind(x, "sum"), error, note)
+        function, handle = self.arena.direct()
+        return Direct(function, handle, x, _kind(x, "sum"), error, note)
 
     def all_reduce_start(self, x: Tensor) -> None:
         """The sum, at once: there is no processor to spare that could do it beside the computation."""
@@ -175,7 +140,7 @@ class SharedMemory:
         shape[0] = sizes[self.place]
         out = x.new_empty(*shape)  # of numbers a third faster than of a tuple
         row = math.prod(shape[1:]) * x.itemsize
-        code = self._reduce_scatter(self._arena, x.data_ptr(), out.data_ptr(), self._sizes(*sizes), row, kind)
+        code = self._reduce_scatter(x.data_ptr(), out.data_ptr(), sizes, row, kind)
         if code:
             raise self.broken(code)
         return out
@@ -186,7 +151,7 @@ class SharedMemory:
         shape[dim] = sum(sizes)
         out = x.new_empty(*shape)
         item, rows = math.prod(shape[dim + 1 :]) * x.itemsize, math.prod(shape[:dim])
-        code = self._all_gather(self._arena, x.data_ptr(), out.data_ptr(), self._sizes(*sizes), item, rows)
+        code = self._all_gather(x.data_ptr(), out.data_ptr(), sizes, item, rows)
         if code:
             raise self.broken(code)
         return out
@@ -195,13 +160,13 @@ class SharedMemory:
         """Overwrites `x` with that of the rank at `source`, which goes on before the others have it."""
         if not x.is_contiguous():
             raise _gaps(x)
-        code = self._broadcast(self._arena, x.data_ptr(), x.nbytes, source)
+        code = self._broadcast(x.data_ptr(), x.nbytes, source)
         if code:
             raise self.broken(code)
 
     def barrier(self) -> None:
         """Returns once every rank has called it."""
-        code = self._barrier(self._arena)
+        code = self._barrier()
         if code:
             raise self.broken(code)
 
@@ -209,7 +174,7 @@ class SharedMemory:
         """Copies `x` for the rank at `to` and returns; `x` may change then. Waits only with 1 GB under way already."""
         if not x.is_contiguous():
             raise _gaps(x)
-        code = self._send(self._arena, x.data_ptr(), x.nbytes, to)
+        code = self._send(x.data_ptr(), x.nbytes, to)
         if code:
             raise self.broken(code)
 
@@ -223,7 +188,7 @@ class SharedMemory:
 
     def broken(self, code: int) -> Broken:
         """The error of this number, which a function of the library returned."""
-        place = self.place if code == 6 else self.library.onemesh_shm_lost(self._arena)
+        place = self.place if code == 6 else self.arena.lost()
         return Broken(self.ranks[place], _REASONS[code].format(timeout=self.timeout_s), code in _GONE)
 
 

@@ -23,7 +23,8 @@ from kernels.shared_memory import SharedMemory, load
 
 TRANSPORTS = ("shared", "gloo")
 
-_RECORD = struct.Struct("<32sqq")
+_MASK_BYTES = 128
+_RECORD = struct.Struct(f"<32sqq{_MASK_BYTES}s")
 RECORD_BYTES = _RECORD.size
 
 
@@ -60,23 +61,24 @@ def meet(
     Collective over the group `ranks` (global), where this one is at `place`: two calls of `exchange`, which returns
     every rank's RECORD_BYTES. A rank that doesn't come to a collective is lost after `timeout_s`.
     """
-    library = load() if transport() == "shared" else None
-    with _Memfd(library is not None) as fd:
-        offers = [_RECORD.unpack(record) for record in exchange(_RECORD.pack(_host(), os.getpid(), fd))]
-        places = _by_host([host for host, _, _ in offers])
+    arena = load() if transport() == "shared" else None
+    with _Memfd(arena is not None) as fd:
+        offers = [_RECORD.unpack(record) for record in exchange(_RECORD.pack(_host(), os.getpid(), fd, _processors()))]
+        places = _by_host([host for host, *_ in offers])
         here = next(i for i, host in enumerate(places) if place in host)
         mine = places[here]
-        wanted = len(places) < len(ranks) and all(theirs >= 0 for _, _, theirs in offers)
+        wanted = len(places) < len(ranks) and all(theirs >= 0 for _, _, theirs, _ in offers)
         memory, problem = None, ""
-        if wanted and library is not None and len(mine) > 1:
+        if wanted and arena is not None and len(mine) > 1:
             pids = [offers[p][1] for p in mine]
             try:
                 shared = os.open(f"/proc/{pids[0]}/fd/{offers[mine[0]][2]}", os.O_RDWR | os.O_CLOEXEC)
-                memory = SharedMemory(library, shared, mine.index(place), tuple(ranks[p] for p in mine), timeout_s)
-                memory.watch(pids, ranks_on_host)
+                mapped = arena(shared, mine.index(place), len(mine), timeout_s)
+                mapped.watch(pids, ranks_on_host > _count([offers[p][3] for p in mine]))
+                memory = SharedMemory(mapped, mine.index(place), tuple(ranks[p] for p in mine), timeout_s)
             except OSError as error:
-                memory, problem = None, str(error)
-        opened = [_RECORD.unpack(record)[1] for record in exchange(_RECORD.pack(b"", not problem, 0))]
+                problem = str(error)
+        opened = [_RECORD.unpack(record)[1] for record in exchange(_RECORD.pack(b"", not problem, 0, b""))]
     if problem:
         where = f"[rank {ranks[place]} on {socket.gethostname()}]"
         print(f"{where} can't share memory ({problem}); its group uses gloo", file=sys.stderr, flush=True)
@@ -107,6 +109,20 @@ def _host() -> bytes:
     with suppress(OSError):  # without /proc, names must do
         facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
     return hashlib.sha256("\n".join(facts).encode()).digest()
+
+
+def _processors() -> bytes:
+    """The processors that this rank may use, as bits."""
+    bits = sum(1 << cpu for cpu in os.sched_getaffinity(0) if cpu < 8 * _MASK_BYTES)
+    return bits.to_bytes(_MASK_BYTES, "little")
+
+
+def _count(masks: Sequence[bytes]) -> int:
+    """How many processors the ranks may use together."""
+    together = 0
+    for mask in masks:
+        together |= int.from_bytes(mask, "little")
+    return together.bit_count()
 
 
 def _by_host(hosts: Sequence[bytes]) -> tuple[tuple[int, ...], ...]:

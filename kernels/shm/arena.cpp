@@ -5,6 +5,7 @@
 #include <linux/futex.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -102,20 +103,17 @@ bool Arena::open() {
   head_ = reinterpret_cast<Header*>(base_);
   lines_ = reinterpret_cast<RankLine*>(base_ + layout.ranks);
   lines_[me].cpu.store(sched_getcpu());
-  return sched_getaffinity(0, sizeof(cpu_set_t), &lines_[me].allowed) == 0;
+  return true;
 }
 
-bool Arena::watch(const int* pids, int ranks_on_host) {
-  cpu_set_t together;
-  CPU_ZERO(&together);
+bool Arena::watch(const int* pids, bool crowded) {
   pidfds_.assign(n, -1);
   for (int r = 0; r < n; r++) {
-    CPU_OR(&together, &together, &lines_[r].allowed);
     if (r == me) continue;
     pidfds_[r] = int(syscall(SYS_pidfd_open, pids[r], 0));
     if (pidfds_[r] < 0) return false;
   }
-  crowded_ = ranks_on_host > CPU_COUNT(&together);
+  crowded_ = crowded;
   return true;
 }
 

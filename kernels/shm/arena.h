@@ -7,8 +7,6 @@
 //
 // All functions return 0 or an `Error`. After the first error the group is broken for good: every later call of every
 // rank fails at once.
-#include <sched.h>
-
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -40,7 +38,6 @@ struct alignas(128) RankLine {  // written by its rank alone, but for the sleepe
   std::atomic<uint32_t> left;
   uint64_t tags[SLOTS];  // of the collective that begins at a step: they come with the flag that everybody watches
   alignas(128) std::atomic<int32_t> cpu;  // rarely written: others look at it each time they wait
-  cpu_set_t allowed;
 };
 
 struct Header {
@@ -94,8 +91,8 @@ struct Arena {
 
   // Maps the memory and publishes this rank; nothing else may be called before. False: errno says why.
   bool open();
-  // Once every rank has opened: watches their processes and decides how to wait. False: errno says why.
-  bool watch(const int* pids, int ranks_on_host);
+  // Watches the ranks' processes. All of them say the same of `crowded`. False: errno says why.
+  bool watch(const int* pids, bool crowded);
 
   int check() const;  // FORKED, or the error that broke the group
   int fail(int error, int rank);

@@ -1,14 +1,12 @@
-// Collectives in shared memory (the rules of steps and slots: arena.h). Sizes are bytes.
+// The collectives (the rules of steps and slots: arena.h).
 //
 // What fits into a slot goes in one step: copy in, publish, wait for the others, combine. What is longer goes in chunks,
 // so that the copies of one chunk overlap the waiting for another and everything stays in the cache. Sums are taken in
 // rank order either way: the bits of an entry depend neither on its place nor on the size.
-#include <errno.h>
+#include "collectives.h"
 
 #include <algorithm>
 #include <cstring>
-
-#include "arena.h"
 
 namespace {
 
@@ -157,26 +155,7 @@ uint64_t shared_chunk(const Arena& a, bool large) {
 
 }  // namespace
 
-extern "C" {
-
-// A group's shared memory, from an empty memfd; errno where that fails. Takes the descriptor.
-int onemesh_shm_open(int fd, int rank, int size, double timeout_s, Arena** out) {
-  auto arena = std::make_unique<Arena>(fd, rank, size, timeout_s);
-  if (!arena->open()) return errno;
-  *out = arena.release();
-  return 0;
-}
-
-int onemesh_shm_watch(Arena* arena, const int* pids, int ranks_on_host) {
-  return arena->watch(pids, ranks_on_host) ? 0 : errno;
-}
-
-void onemesh_shm_close(Arena* arena) { delete arena; }
-
-int onemesh_shm_lost(Arena* arena) { return arena->lost(); }
-
-// x = the ranks' combination, on all of them.
-int onemesh_shm_all_reduce(Arena* arena, uint8_t* x, uint64_t items, int type) {
+int all_reduce(Arena* arena, uint8_t* x, uint64_t items, int type) {
   const uint64_t bytes = items * item_bytes(type);
   const bool large = bytes > arena->layout.small_slot;
   Call call(*arena, mixed(mixed(ALL_REDUCE, uint64_t(type)), bytes), large);
@@ -184,9 +163,7 @@ int onemesh_shm_all_reduce(Arena* arena, uint8_t* x, uint64_t items, int type) {
   return large ? reduce_in_chunks(call, *arena, type, x, bytes) : reduce_at_once(call, *arena, type, x, bytes);
 }
 
-// out = part `me` of the ranks' combined x; x is the parts one after another.
-int onemesh_shm_reduce_scatter(Arena* arena, const uint8_t* x, uint8_t* out, const uint64_t* rows, uint64_t row_bytes,
-                               int type) {
+int reduce_scatter(Arena* arena, const uint8_t* x, uint8_t* out, const uint64_t* rows, uint64_t row_bytes, int type) {
   Arena& a = *arena;
   std::vector<uint64_t> sizes(a.n), starts(a.n + 1), places(a.n);
   for (int r = 0; r < a.n; r++) sizes[r] = rows[r] * row_bytes;
@@ -217,9 +194,8 @@ int onemesh_shm_reduce_scatter(Arena* arena, const uint8_t* x, uint8_t* out, con
   return OK;
 }
 
-// Each of out's `count` rows = the ranks' rows of x one after another; their `sizes` in items may differ.
-int onemesh_shm_all_gather(Arena* arena, const uint8_t* x, uint8_t* out, const uint64_t* sizes, uint64_t item_bytes,
-                           uint64_t count) {
+int all_gather(Arena* arena, const uint8_t* x, uint8_t* out, const uint64_t* sizes, uint64_t item_bytes,
+               uint64_t count) {
   Arena& a = *arena;
   std::vector<uint64_t> rows(a.n), starts(a.n + 1), parts(a.n);
   for (int r = 0; r < a.n; r++) rows[r] = sizes[r] * item_bytes, parts[r] = count * rows[r];
@@ -255,8 +231,7 @@ int onemesh_shm_all_gather(Arena* arena, const uint8_t* x, uint8_t* out, const u
   return OK;
 }
 
-// x = that of rank `source`, which doesn't wait until the others have it.
-int onemesh_shm_broadcast(Arena* arena, uint8_t* x, uint64_t bytes, int source) {
+int broadcast(Arena* arena, uint8_t* x, uint64_t bytes, int source) {
   Arena& a = *arena;
   const bool large = bytes > a.layout.small_slot;
   const uint64_t chunk = shared_chunk(a, large), steps = std::max<uint64_t>(1, ceil_div(bytes, chunk));
@@ -279,10 +254,9 @@ int onemesh_shm_broadcast(Arena* arena, uint8_t* x, uint64_t bytes, int source) 
   return OK;
 }
 
-int onemesh_shm_barrier(Arena* arena) {
+int barrier(Arena* arena) {
   Call call(*arena, BARRIER, false);
   if (int error = call.begin()) return error;
   call.publish(0);
   return call.wait_all(0);
-}
 }

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "arena.h"
+#include "collectives.h"
 
 namespace {
 
@@ -22,7 +22,7 @@ int next_cell(Arena& arena, Stream& s, int to) {
 
 }  // namespace
 
-extern "C" int onemesh_shm_send(Arena* arena, const uint8_t* data, uint64_t bytes, int to) {
+int send(Arena* arena, const uint8_t* data, uint64_t bytes, int to) {
   Stream& s = arena->outgoing(to);
   std::lock_guard<std::mutex> lock(s.mutex);
   if (int error = arena->check()) return error;
@@ -43,7 +43,7 @@ extern "C" int onemesh_shm_send(Arena* arena, const uint8_t* data, uint64_t byte
   return OK;
 }
 
-extern "C" int onemesh_shm_receive(Arena* arena, uint8_t* data, uint64_t bytes, int from) {
+int receive(Arena* arena, uint8_t* data, uint64_t bytes, int from) {
   Stream& s = arena->incoming(from);
   std::lock_guard<std::mutex> lock(s.mutex);
   if (int error = arena->check()) return error;

@@ -23,7 +23,8 @@ SOON_S = 5.0
 """A dead peer is an error within this time."""
 
 needs_library = pytest.mark.skipif(
-    not shared_memory.LIBRARY.is_file(), reason="_shm.so isn't built: there was no C++ compiler at `make install`"
+    not shared_memory.LIBRARY.is_file(),
+    reason="_shm.so isn't built: there was no C++ compiler, or no Python.h, at `make install`",
 )
 
 

@@ -27,7 +27,9 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 @pytest.fixture(autouse=True)
 def _needs_the_library() -> None:
     if shared_memory.load() is None:
-        pytest.skip(f"{shared_memory.LIBRARY.name} isn't built: there was no C++ compiler at `make install`")
+        pytest.skip(
+            f"{shared_memory.LIBRARY.name} isn't built: there was no C++ compiler, or no Python.h, at `make install`"
+        )
 
 
 def values(rank: int, items: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

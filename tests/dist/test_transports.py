@@ -24,7 +24,8 @@ SOON_S = 5.0
 """A dead peer is an error within this time."""
 
 needs_library = pytest.mark.skipif(
-    not shared_memory.LIBRARY.is_file(), reason="_shm.so isn't built: there was no C++ compiler at `make install`"
+    not shared_memory.LIBRARY.is_file(),
+    reason="_shm.so isn't built: there was no C++ compiler, or no Python.h, at `make install`",
 )
 
 
@@ -95,6 +96,24 @@ def _on_hosts(launch: Launch, hosts: str) -> list[str]:
 )
 def test_groups_on_several_hosts(hosts: str, kinds: list[str]) -> None:
     assert on_ranks(len(hosts), _on_hosts, hosts)[0] == kinds
+
+
+def _opens_late(launch: Launch) -> float:
+    processors = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {processors[launch.rank]})
+    opened = os.open
+    if launch.rank == 1:
+        os.open = lambda *arguments: (time.sleep(0.3), opened(*arguments))[1]
+    world = Mesh.build(launch, tensor=2).world
+    os.open = opened
+    return sum(comm.all_reduce(torch.ones(1), world).item() for _ in range(10))
+
+
+@needs_library
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor is always shared")
+def test_ranks_agree_on_how_to_wait_before_all_have_opened_the_memory() -> None:
+    """Each has a processor of its own, which the first to open can't learn from the memory."""
+    assert on_ranks(2, _opens_late, silence_s=5.0) == [20.0, 20.0]
 
 
 def _asked_for_gloo(launch: Launch, by: tuple[int, ...]) -> str:
