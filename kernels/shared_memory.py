@@ -6,7 +6,6 @@ installation), `load` returns None.
 
 from __future__ import annotations
 
-import math
 import sysconfig
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -28,10 +27,7 @@ DTYPES = (
     torch.float32, torch.float64, torch.bfloat16, torch.float16,
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
 )  # fmt: skip
-"""What can be summed, in the order of TYPES in kernels/shm/reduce.cpp."""
-
-_TYPES = {(dtype, op): 2 * i + (op == "max") for i, dtype in enumerate(DTYPES) for op in ("sum", "max")}
-_TYPES[torch.bool, "max"] = _TYPES[torch.uint8, "max"]
+"""What can be summed."""
 
 _REASONS = {
     1: "its process has ended",
@@ -41,6 +37,7 @@ _REASONS = {
     5: "the host has no memory left to share",
     6: "the group belongs to the process that this one was forked from",
 }
+_FORKED, _UNSUITABLE = 6, 7
 _GONE = (1, 2, 3)
 
 
@@ -78,9 +75,9 @@ class Receipt:
         memory = self.memory
         while not self.done:
             first = memory._asked[self.source].popleft()
-            code = memory._receive(first.x.data_ptr(), first.x.nbytes, first.source)
+            code = memory._receive(first.x, first.source)
             if code:
-                raise memory.broken(code)
+                raise memory._failure(code, first.x)
             first.done = True
 
 
@@ -113,12 +110,10 @@ class SharedMemory:
 
     def all_reduce(self, x: Tensor, op: str) -> None:
         """Reduces `x` in place by `sum` or `max`, in rank order."""
-        kind = _TYPES.get((x.dtype, op))
-        if kind is None or not x.is_contiguous():
-            raise _unsuitable(x, op)
-        code = self._all_reduce(x.data_ptr(), x.numel(), kind)
+        maximum = op == "max"
+        code = self._all_reduce(x, maximum) if maximum or op == "sum" else _UNSUITABLE
         if code:
-            raise self.broken(code)
+            raise self._failure(code, x, op)
 
     def sum_in_rank_order(self, x: Tensor) -> None:
         """The sum of `all_reduce`."""
@@ -126,43 +121,35 @@ class SharedMemory:
 
     def direct_sum(self, x: Tensor, error: Callable[[int], Exception], note: Callable[[int], None]) -> Direct:
         """The sum of `all_reduce`, for recordings; `error` must keep this group alive."""
-        function, handle = self.arena.direct()
-        return Direct(function, handle, x, _kind(x, "sum"), error, note)
+        found = self.arena.direct(x)
+        if isinstance(found, int):
+            raise _unsuitable(x, "sum")
+        function, handle, kind = found
+        return Direct(function, handle, x, kind, error, note)
 
     def all_reduce_start(self, x: Tensor) -> None:
         """The sum, at once: there is no processor to spare that could do it beside the computation."""
         self.all_reduce(x, "sum")
 
     def reduce_scatter(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        """This rank's part of the sum of `x` [sum(sizes), ...], whose parts along dim 0 are `sizes`."""
-        kind = _kind(x, "sum")
-        shape = list(x.shape)
-        shape[0] = sizes[self.place]
-        out = x.new_empty(*shape)  # of numbers a third faster than of a tuple
-        row = math.prod(shape[1:]) * x.itemsize
-        code = self._reduce_scatter(x.data_ptr(), out.data_ptr(), sizes, row, kind)
-        if code:
-            raise self.broken(code)
-        return out
+        """This rank's part along dim 0 of the sum of the ranks' `x`; `sizes` are the parts' lengths."""
+        found = self._reduce_scatter(x, sizes)
+        if isinstance(found, int):
+            raise self._failure(found, x, "sum")
+        return found
 
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
         """The ranks' `x` side by side along `dim`, where their lengths are `sizes`; contiguous."""
-        shape = list(x.shape)
-        shape[dim] = sum(sizes)
-        out = x.new_empty(*shape)
-        item, rows = math.prod(shape[dim + 1 :]) * x.itemsize, math.prod(shape[:dim])
-        code = self._all_gather(x.data_ptr(), out.data_ptr(), sizes, item, rows)
-        if code:
-            raise self.broken(code)
-        return out
+        found = self._all_gather(x, sizes, dim)
+        if isinstance(found, int):
+            raise self._failure(found, x)
+        return found
 
     def broadcast(self, x: Tensor, source: int) -> None:
         """Overwrites `x` with that of the rank at `source`, which goes on before the others have it."""
-        if not x.is_contiguous():
-            raise _gaps(x)
-        code = self._broadcast(x.data_ptr(), x.nbytes, source)
+        code = self._broadcast(x, source)
         if code:
-            raise self.broken(code)
+            raise self._failure(code, x)
 
     def barrier(self) -> None:
         """Returns once every rank has called it."""
@@ -172,11 +159,9 @@ class SharedMemory:
 
     def send(self, x: Tensor, to: int) -> None:
         """Copies `x` for the rank at `to` and returns; `x` may change then. Waits only with 1 GB under way already."""
-        if not x.is_contiguous():
-            raise _gaps(x)
-        code = self._send(x.data_ptr(), x.nbytes, to)
+        code = self._send(x, to)
         if code:
-            raise self.broken(code)
+            raise self._failure(code, x)
 
     def receive(self, x: Tensor, source: int) -> Receipt:
         """Asks for the next message of the rank at `source`, whose size is that of `x`."""
@@ -188,20 +173,15 @@ class SharedMemory:
 
     def broken(self, code: int) -> Broken:
         """The error of this number, which a function of the library returned."""
-        place = self.place if code == 6 else self.arena.lost()
+        place = self.place if code == _FORKED else self.arena.lost()
         return Broken(self.ranks[place], _REASONS[code].format(timeout=self.timeout_s), code in _GONE)
+
+    def _failure(self, code: int, x: Tensor, op: str = "") -> Exception:
+        return (_unsuitable(x, op) if op else _gaps(x)) if code == _UNSUITABLE else self.broken(code)
 
 
 def _gaps(x: Tensor) -> ValueError:
     return ValueError(f"the tensor of shape {tuple(x.shape)} is not contiguous; pass x.contiguous()")
-
-
-def _kind(x: Tensor, op: str) -> int:
-    """The library's number of x's dtype and op; raises ValueError for what it can't reduce."""
-    kind = _TYPES.get((x.dtype, op))
-    if kind is None or not x.is_contiguous():
-        raise _unsuitable(x, op)
-    return kind
 
 
 def _unsuitable(x: Tensor, op: str) -> ValueError:

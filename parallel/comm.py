@@ -257,7 +257,7 @@ def all_reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
     if group.handle is None:
         return x
     group.traffic.add("all_reduce", group.axis, x.nbytes)
-    try:  # not `named`, here and in messages: a frame more is a twentieth of a small call
+    try:  # not `named`, here and where parts or messages travel: a frame more is a twentieth of a small call
         group.through(x).all_reduce(x, op)
     except RuntimeError as error:
         raise lost(error, "all_reduce", group) from error
@@ -285,7 +285,11 @@ def all_gather(x: Tensor, group: Group, sizes: Sequence[int], dim: int) -> Tenso
     else:
         num_bytes = longest * math.prod(x.shape[:dim]) * math.prod(x.shape[dim + 1 :]) * x.itemsize
     group.traffic.add("all_gather", group.axis, num_bytes)
-    return named("all_gather", group, group.through(x).all_gather, x.contiguous(), sizes, dim)
+    x = x.contiguous()
+    try:
+        return group.through(x).all_gather(x, sizes, dim)
+    except RuntimeError as error:
+        raise lost(error, "all_gather", group) from error
 
 
 def reduce_scatter(x: Tensor, group: Group, sizes: Sequence[int], dim: int) -> Tensor:
@@ -297,7 +301,10 @@ def reduce_scatter(x: Tensor, group: Group, sizes: Sequence[int], dim: int) -> T
         return x
     front = (x.movedim(dim, 0) if dim else x).contiguous()
     group.traffic.add("reduce_scatter", group.axis, x.nbytes)
-    part = named("reduce_scatter", group, group.through(x).reduce_scatter, front, sizes)
+    try:
+        part = group.through(x).reduce_scatter(front, sizes)
+    except RuntimeError as error:
+        raise lost(error, "reduce_scatter", group) from error
     return part.movedim(0, dim) if dim else part
 
 

@@ -22,6 +22,7 @@ enum Error : int {
   MISMATCH = 4,   // ranks called different operations or sizes
   NO_MEMORY = 5,  // the host has no room for the shared memory
   FORKED = 6,     // called in a process forked from a rank
+  UNSUITABLE = 7,  // not a contiguous tensor on the CPU, or a dtype that has no sum; nothing has happened
 };
 
 constexpr uint32_t SLOTS = 4;

@@ -1,0 +1,82 @@
+#include "tensor.h"
+
+#include <new>
+
+namespace {
+
+constexpr size_t LINE = 64;
+
+const DLPackExchangeAPI* torch = nullptr;
+PyTypeObject* tensor_type = nullptr;
+
+}  // namespace
+
+bool find_torch() {
+  PyObject* const module = PyImport_ImportModule("torch");
+  PyObject* const type = module == nullptr ? nullptr : PyObject_GetAttrString(module, "Tensor");
+  PyObject* const capsule = type == nullptr ? nullptr : PyObject_GetAttrString(type, "__dlpack_c_exchange_api__");
+  if (capsule != nullptr) {
+    torch = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+    tensor_type = reinterpret_cast<PyTypeObject*>(type);
+  }
+  Py_XDECREF(capsule);  // torch and its type stay
+  Py_XDECREF(module);
+  if (torch == nullptr) return false;
+  if (torch->header.version.major == DLPACK_MAJOR_VERSION && torch->dltensor_from_py_object_no_sync != nullptr) {
+    return true;
+  }
+  PyErr_Format(PyExc_ImportError, "torch speaks DLPack %u, not %d", torch->header.version.major, DLPACK_MAJOR_VERSION);
+  return false;
+}
+
+bool View::read(PyObject* tensor) {
+  if (!PyObject_TypeCheck(tensor, tensor_type)) {
+    PyErr_Format(PyExc_TypeError, "x=%R is no tensor", tensor);
+    return false;
+  }
+  return torch->dltensor_from_py_object_no_sync(tensor, &t_) == 0;
+}
+
+uint64_t View::items(int from, int to) const {
+  uint64_t product = 1;
+  for (int dim = from; dim < to; dim++) product *= uint64_t(t_.shape[dim]);
+  return product;
+}
+
+bool View::is_contiguous() const {
+  if (t_.device.device_type != kDLCPU) return false;
+  int64_t stride = 1;
+  bool in_order = true;
+  for (int dim = t_.ndim - 1; dim >= 0; dim--) {
+    if (t_.shape[dim] == 0) return true;
+    in_order = in_order && (t_.shape[dim] == 1 || t_.strides[dim] == stride);
+    stride *= t_.shape[dim];
+  }
+  return in_order;
+}
+
+Result::Result(const View& like, int dim, int64_t size) {
+  const int n = like.num_dims();
+  const size_t head = (sizeof(DLManagedTensorVersioned) + 2 * n * sizeof(int64_t) + LINE - 1) / LINE * LINE;
+  const uint64_t bytes = like.items(0, dim) * uint64_t(size) * like.items(dim + 1, n) * like.item_bytes();
+  void* const at = std::aligned_alloc(LINE, head + (bytes + LINE - 1) / LINE * LINE);
+  if (at == nullptr) throw std::bad_alloc();
+  block_.reset(new (at) DLManagedTensorVersioned{});
+  const auto shape = reinterpret_cast<int64_t*>(block_.get() + 1), strides = shape + n;
+  int64_t stride = 1;
+  for (int i = n - 1; i >= 0; i--) {
+    shape[i] = i == dim ? size : like.size(i);
+    strides[i] = stride;
+    stride *= shape[i];
+  }
+  block_->version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION};
+  block_->deleter = [](DLManagedTensorVersioned* self) { std::free(self); };
+  block_->dl_tensor = {static_cast<uint8_t*>(at) + head, {kDLCPU, 0}, n, like.dtype(), shape, strides, 0};
+}
+
+PyObject* Result::release() {
+  void* tensor = nullptr;
+  if (torch->managed_tensor_to_py_object_no_sync(block_.get(), &tensor) != 0) return nullptr;
+  block_.release();
+  return static_cast<PyObject*>(tensor);
+}
