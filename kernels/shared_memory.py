@@ -164,9 +164,8 @@ class SharedMemory:
             raise self._failure(code, x)
 
     def receive(self, x: Tensor, source: int) -> Receipt:
-        """Asks for the next message of the rank at `source`, whose size is that of `x`."""
-        if not x.is_contiguous():
-            raise _gaps(x)
+        """Asks for the next message of the rank at `source`, whose size is that of `x`; `wait` refuses what isn't
+        contiguous."""
         receipt = Receipt(x, source, self)
         self._asked[source].append(receipt)
         return receipt

@@ -30,13 +30,13 @@ from torch import Tensor
 from kernels import shared_memory
 from kernels.replay import Direct
 from parallel import hosts
-from parallel.group import Entry, Group, Handle, PeerLost, Pending, Traffic, lost, named
+from parallel.group import DONE, Entry, Group, Handle, PeerLost, Pending, Traffic, lost, named
 from parallel.hierarchy import Hierarchy, Work, by_rows
 
 __all__ = [
     "Group", "Launch", "PeerLost", "Pending", "Traffic",
     "all_gather", "all_reduce", "all_reduce_start", "all_to_all", "barrier", "broadcast", "broadcast_bytes", "device",
-    "direct_sum", "disagreements", "new_handle", "receive_start", "reduce_scatter", "send_start", "start", "stop",
+    "direct_sum", "disagreements", "new_handle", "receive", "reduce_scatter", "send_start", "start", "stop",
     "sum_in_rank_order", "tell",
 ]  # fmt: skip
 
@@ -277,7 +277,7 @@ def all_gather(x: Tensor, group: Group, sizes: Sequence[int], dim: int) -> Tenso
 
     Counted with the longest part's bytes, which is what gloo moves.
     """
-    if group.size == 1:
+    if group.handle is None:
         return x
     longest = max(sizes)
     if sizes[group.rank] == longest:
@@ -297,7 +297,7 @@ def reduce_scatter(x: Tensor, group: Group, sizes: Sequence[int], dim: int) -> T
 
     The gradient of `all_gather`. In shared memory it is bitwise a part of the `all_reduce`.
     """
-    if group.size == 1:
+    if group.handle is None:
         return x
     front = (x.movedim(dim, 0) if dim else x).contiguous()
     group.traffic.add("reduce_scatter", group.axis, x.nbytes)
@@ -371,16 +371,17 @@ def send_start(x: Tensor, group: Group, to: int) -> Pending:
     except RuntimeError as error:
         raise lost(error, "send", group, to) from error
     group.traffic.add("send", group.axis, x.nbytes)  # while the message is on its way
-    return Pending("send", group, work, x, to)
+    return DONE if work is None else Pending("send", group, work, x, to)
 
 
-def receive_start(x: Tensor, group: Group, source: int) -> Pending:
-    """Begins receiving into contiguous `x` from the group's rank `source`; messages of a pair arrive in order."""
+def receive(x: Tensor, group: Group, source: int) -> None:
+    """Waits for the next message of the group's rank `source`, into contiguous `x`; they arrive in order."""
     try:
         work = group.through(x).receive(x, source)
+        if work is not None:
+            work.wait()
     except RuntimeError as error:
         raise lost(error, "receive", group, source) from error
-    return Pending("receive", group, work, x, source)
 
 
 def disagreements(facts: Mapping[str, str], group: Group) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar, TypeVarTuple
@@ -25,21 +24,24 @@ class PeerLost(RuntimeError):
 class Traffic:
     """Calls and payload bytes (this rank's input) by (operation, axis); the mesh owns the only mutable copy."""
 
-    _counts: defaultdict[tuple[str, str], list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
+    _counts: dict[str, dict[str, list[int]]] = field(default_factory=dict)  # by axis, then operation: no tuple to hash
 
     @property
     def calls(self) -> dict[tuple[str, str], int]:
         """A copy of the numbers of calls."""
-        return {key: calls for key, (calls, _) in self._counts.items()}
+        return {(op, axis): calls for axis, counts in self._counts.items() for op, (calls, _) in counts.items()}
 
     @property
     def bytes(self) -> dict[tuple[str, str], int]:
         """A copy of the bytes."""
-        return {key: num_bytes for key, (_, num_bytes) in self._counts.items()}
+        return {(op, axis): some for axis, counts in self._counts.items() for op, (_, some) in counts.items()}
 
     def add(self, op: str, axis: str, num_bytes: int, calls: int = 1) -> None:
         """Counts calls of `op` over `axis` with `num_bytes` of payload each."""
-        count = self._counts[op, axis]
+        try:
+            count = self._counts[axis][op]
+        except KeyError:
+            count = self._counts.setdefault(axis, {}).setdefault(op, [0, 0])
         count[0] += calls
         count[1] += calls * num_bytes
 
@@ -146,3 +148,7 @@ class Pending:
                 self.work.wait()
             except RuntimeError as error:
                 raise lost(error, self.op, self.group, self.peer) from error
+
+
+DONE = Pending("", Group(""), None)
+"""What is complete when it begins."""

@@ -33,7 +33,7 @@ class Border:
     def receive(self, microbatch: int, pipeline: Group, source: int) -> Tensor:
         """The neighbour's tensor for this microbatch."""
         x = torch.empty(self.shapes[microbatch], dtype=self.dtype, device=self.device)
-        comm.receive_start(x, pipeline, source).wait()
+        comm.receive(x, pipeline, source)
         return x
 
 

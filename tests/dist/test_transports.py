@@ -62,7 +62,7 @@ def _check(group: Group) -> None:
         assert comm.broadcast(torch.tensor([me]), group, source).item() == source
     sent = comm.send_start(torch.tensor([me]), group, (me + 1) % n)
     got = torch.empty(1, dtype=torch.int64)
-    comm.receive_start(got, group, (me - 1) % n).wait()
+    comm.receive(got, group, (me - 1) % n)
     sent.wait()
     assert got.item() == (me - 1) % n
     assert comm.broadcast_bytes(b"y" * 9000 if me == n - 1 else b"", group, n - 1) == b"y" * 9000
@@ -175,7 +175,7 @@ def _wait_in(launch: Launch, operation: str, victim: int, how: int | None) -> tu
     with pytest.raises(PeerLost) as caught:
         while True:
             if operation == "receive":
-                comm.receive_start(x, group, victim).wait()
+                comm.receive(x, group, victim)
             elif operation == "broadcast":
                 comm.broadcast(x, group, victim)
             elif operation == "tell":  # a source waits for nobody
