@@ -5,6 +5,7 @@
 namespace {
 
 constexpr size_t LINE = 64;
+constexpr char NAME[] = "dlpack_exchange_api";
 
 const DLPackExchangeAPI* torch = nullptr;
 PyTypeObject* tensor_type = nullptr;
@@ -15,17 +16,15 @@ bool find_torch() {
   PyObject* const module = PyImport_ImportModule("torch");
   PyObject* const type = module == nullptr ? nullptr : PyObject_GetAttrString(module, "Tensor");
   PyObject* const capsule = type == nullptr ? nullptr : PyObject_GetAttrString(type, "__dlpack_c_exchange_api__");
-  if (capsule != nullptr) {
-    torch = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-    tensor_type = reinterpret_cast<PyTypeObject*>(type);
-  }
-  Py_XDECREF(capsule);  // torch and its type stay
+  if (capsule != nullptr) torch = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, NAME));
+  tensor_type = reinterpret_cast<PyTypeObject*>(type);  // it and torch's functions stay
+  Py_XDECREF(capsule);
   Py_XDECREF(module);
-  if (torch == nullptr) return false;
-  if (torch->header.version.major == DLPACK_MAJOR_VERSION && torch->dltensor_from_py_object_no_sync != nullptr) {
+  if (torch != nullptr && torch->header.version.major == DLPACK_MAJOR_VERSION &&
+      torch->dltensor_from_py_object_no_sync != nullptr) {
     return true;
   }
-  PyErr_Format(PyExc_ImportError, "torch speaks DLPack %u, not %d", torch->header.version.major, DLPACK_MAJOR_VERSION);
+  PyErr_SetString(PyExc_ImportError, "torch has no exchange API of DLPack 1; it takes torch 2.11 or newer");
   return false;
 }
 

@@ -1,7 +1,6 @@
 #pragma once
-// torch's tensors by DLPack's C exchange API (dmlc/dlpack 1.3, torch 2.10 or newer), which is the same for every version
-// of torch: a look at one takes some nanoseconds where each of Python's methods takes fifty, a new one a third of
-// `new_empty`.
+// torch's tensors by DLPack's C exchange API (dmlc/dlpack 1.3), which is the same for every version of torch from 2.11 on.
+// A look at one takes some nanoseconds where each of Python's methods takes fifty, and a new one takes no dispatcher.
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
 
