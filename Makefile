@@ -47,4 +47,4 @@ bench: install
 	$(BIN)/python -m train.compare
 
 clean:
-	rm -rf build kernels/_cpu.so kernels/_cuda.so $(STAMP) *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build kernels/_cpu.so kernels/_cuda.so kernels/_shm.so $(STAMP) *.egg-info .pytest_cache .ruff_cache .hypothesis
