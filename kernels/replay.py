@@ -14,6 +14,7 @@ for later ones.
 from __future__ import annotations
 
 import contextvars
+import ctypes
 import functools
 import weakref
 from collections import Counter
@@ -25,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+
+from kernels import cpu_ops
 
 R = TypeVar("R")
 
@@ -78,19 +81,17 @@ class Recording:
         self._notes = tuple(mode.notes.items())
         self.by_clock = False
         self._program = program
-        self._segments = [
-            (functools.partial(torch.ops.onemesh.replay, program, segment), calls)
-            for segment, calls in enumerate(mode.outside)
-        ]
+        self._segments = tuple(enumerate(mode.outside))
+        self._run = _function()
 
     def replay(self) -> Tensor:
         """Does it again with what stands in its inputs now; returns `output`.
 
         Raises what an `outside` call raises. Nothing behind that call is done then.
         """
-        for kernels, outside in self._segments:
-            number, error = kernels(self.by_clock)
-            if error:
+        for segment, outside in self._segments:
+            if not self._run(self._program, segment, self.by_clock):
+                number, error = torch.ops.onemesh.replay_failure(self._program)  # raises if an input was refused
                 raise self._errors[number](error)
             if outside:
                 with torch.inference_mode():
@@ -106,6 +107,14 @@ class Recording:
         segments = range(len(self._segments))
         nothing = torch.empty(0)
         return torch.cat([torch.ops.onemesh.replay_times(nothing, self._program, i) for i in segments], dim=2)
+
+
+@functools.cache
+def _function() -> Any:
+    """`onemesh_replay` of the library that is loaded; called without Python's lock."""
+    function = ctypes.CDLL(str(cpu_ops.LIBRARY)).onemesh_replay
+    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool), ctypes.c_bool
+    return function
 
 
 def outside(function: Callable[[], R], direct: Callable[[], Direct | None] = lambda: None) -> R:

@@ -49,13 +49,15 @@ class Replays:
 
         used: the adapter of each chunk. hidden: [T, D] from the stage before, None on the first one.
         """
-        if self._ops.record is None or not all(chunk.samples and len(chunk.tokens) == 1 for chunk in chunks):
+        if self._ops.record is None:
             return None
         key = (len(chunks), segments(chunks, used))
         step = self._steps.get(key)
         if step is not None and step.write(chunks, used):
             self._steps.move_to_end(key)
             return step.replay(hidden)
+        if not all(chunk.samples and len(chunk.tokens) == 1 for chunk in chunks):
+            return None
         if key not in self._seen:
             if len(self._seen) == MOST_SEEN:
                 self._seen.clear()
@@ -117,23 +119,27 @@ class DecodeStep:
         self.recording: Recording = ops.record(lambda: compute(self._batch, self._hidden))
 
     def write(self, chunks: Sequence[Chunk], used: Sequence[LoadedAdapter | None]) -> bool:
-        """Puts the chunks into the tensors of the recording; False if the block tables have no room for their pages.
+        """Puts the chunks into the tensors of the recording; False if one isn't a decoding request's, or if the block
+        tables have no room for its pages.
 
         Most steps go on with the requests of the last one, and their tables stay as they are.
         """
         size = self._page_size
         for b, (chunk, adapter) in enumerate(zip(chunks, used, strict=True)):
-            if chunk.pages is not self._pages[b]:
-                if not _put(self._tables[b], chunk.pages):
+            tokens, pages = chunk.tokens, chunk.pages
+            if len(tokens) != 1 or not chunk.samples:
+                return False
+            if pages is not self._pages[b]:
+                if not _put(self._tables[b], pages):
                     return False
-                self._pages[b] = chunk.pages
+                self._pages[b] = pages
             if adapter is not None and adapter is not self._used[b]:
                 if not _put(self._prefix_tables[b], adapter.pages):
                     return False
                 self._used[b] = adapter
             prefix, start = 0 if adapter is None else adapter.length, chunk.start
-            self._ids[b], self._positions[b] = chunk.tokens[0], start + prefix
-            self._slots[b] = chunk.pages[-1] * size + start % size
+            self._ids[b], self._positions[b] = tokens[0], start + prefix
+            self._slots[b] = pages[-1] * size + start % size
             self._chunks[4 * b + 2], self._chunks[4 * b + 3] = start + 1, prefix
         return True
 

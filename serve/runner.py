@@ -56,8 +56,9 @@ class Runner:
         in which nothing samples. Communicates
         T * D elements to the next stage, 2 * T * D a layer over tensor, B * V/tp elements at the end.
         """
+        samples = any(chunk.samples for chunk in chunks)
         output = self._stage(chunks, None) if self.mesh.pipeline.size == 1 else self._pipeline(chunks)
-        if output is None or not any(chunk.samples for chunk in chunks):
+        if output is None or not samples:
             return None
         return comm.all_gather(output, self.mesh.tensor, self._columns, dim=1)
 

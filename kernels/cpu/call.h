@@ -16,7 +16,7 @@ class Call {
   // calls it is prepared with works; those have the same `turn`, which is never used again.
   virtual void prepare(int64_t turn) { (void)turn; }
 
-  // Threads that find something to do.
+  // Threads that find something to do; known once it is prepared.
   virtual int64_t most_threads() const { return std::numeric_limits<int64_t>::max(); }
 
   // A thread's share of the work. Which threads there are must not change a bit of the result.

@@ -22,6 +22,7 @@ constexpr int64_t LEAST_ROWS = 24, MOST_ROWS = 192;
 
 struct Join {
   int64_t first, last;  // the results in Attention::parts that are merged for one query
+  int64_t parts;        // that write them
 };
 struct Work {
   std::vector<AttentionPart> parts;
@@ -44,12 +45,13 @@ void cut_single(Work& work, const Attention& a, int64_t b, int64_t keys, int64_t
     }
     return;
   }
-  for (int64_t e = 0; e < count; e += per_part) {
+  int64_t parts = 0;
+  for (int64_t e = 0; e < count; e += per_part, ++parts) {
     const int64_t last = std::min(keys, (e + per_part) * KEY_EXTENT);
     work.parts.push_back({b, 0, 1, 0, a.num_kv_heads, e * KEY_EXTENT, last, work.num_extents + e});
     work.join.push_back(work.joins.size());
   }
-  work.joins.push_back({work.num_extents, work.num_extents + count});
+  work.joins.push_back({work.num_extents, work.num_extents + count, parts});
   work.num_extents += count;
 }
 
@@ -108,9 +110,8 @@ struct Plan {
   Plan(Heads of, int64_t dim) : heads(std::move(of)), head_dim(dim) {}
 
   bool is_same(const Plan& other) const {
-    return pages && other.pages && pages->chunks.const_data_ptr() == other.pages->chunks.const_data_ptr() &&
-           pages->table.const_data_ptr() == other.pages->table.const_data_ptr() &&
-           pages->prefix_table.const_data_ptr() == other.pages->prefix_table.const_data_ptr() &&
+    return pages && other.pages && is_same(pages->chunks, other.pages->chunks) &&
+           is_same(pages->table, other.pages->table) && is_same(pages->prefix_table, other.pages->prefix_table) &&
            pages->queries == other.pages->queries && pages->page_size == other.pages->page_size &&
            pages->num_pages == other.pages->num_pages && heads.order == other.heads.order &&
            heads.first == other.heads.first && head_dim == other.head_dim;
@@ -132,7 +133,30 @@ struct Plan {
     turn = now;
   }
 
+  // Layers that write to the same slots have them checked once in a turn.
+  bool has_checked(const int64_t* slots, int64_t now) const { return checked == std::pair(slots, now); }
+
+  // A part reads all keys but those it writes, so each sequence's must be its last.
+  void check_slots(RotaryWriteCall& rotary, int64_t now) {
+    const int64_t* const slots = rotary.pages.slots;
+    rotary.prepare(now);
+    const int64_t size = pages->page_size, width = pages->table.size(1);
+    for (size_t b = 0; b < sequences.size(); ++b) {
+      const int64_t last = sequences[b].keys - sequences[b].prefix - 1;
+      const int64_t slot = integers(pages->table)[b * width + last / size] * size + last % size;
+      STD_TORCH_CHECK(slots[b] == slot, "rotary_write: slots[", b, "]=", slots[b], " is not that of the last key, ", slot,
+                      ", as it was when recorded");
+    }
+    checked = {slots, now};
+  }
+
  private:
+  static bool is_same(const Tensor& a, const Tensor& b) {
+    return a.const_data_ptr() == b.const_data_ptr() && a.size(0) == b.size(0) && a.size(1) == b.size(1);
+  }
+
+  std::pair<const int64_t*, int64_t> checked{nullptr, -1};  // slots, turn
+
   void read_pages() {
     const char* op = "attention_paged";
     sequences.clear();
@@ -152,25 +176,23 @@ struct Plan {
 // Parts of attention.cpp, whoever is free takes the next; the thread that ends the last part of a join does that. Behind
 // the call that turns queries and keys, of one query a sequence, a part turns what it needs for itself.
 struct AttentionCall : Call {
-  Attention args;
+  // what `prepare` touches comes first: every layer's lies elsewhere in memory, and has left the caches since
   std::shared_ptr<Plan> plan;
-  bool bf16;
-  std::unique_ptr<RotaryWriteCall> rotary;
   std::atomic<size_t> next{0};
   std::vector<std::atomic<int64_t>> missing;  // parts of each join
+  std::unique_ptr<RotaryWriteCall> rotary;
+  const int64_t* slots = nullptr;  // of `rotary`
+  Attention args;                  // without what is the plan's
+  bool bf16;
 
-  AttentionCall(const Attention& of, std::shared_ptr<Plan> by, bool is_bf16) : args(of), plan(std::move(by)), bf16(is_bf16) {}
+  AttentionCall(const Attention& of, std::shared_ptr<Plan> by, bool is_bf16) : plan(std::move(by)), args(of), bf16(is_bf16) {}
 
   void prepare(int64_t turn) override {
     plan->prepare(turn);
-    args.sequences = plan->sequences.data(), args.parts = plan->parts.get();
-    args.heads = plan->heads.order.data(), args.first_head = plan->heads.first.data();
-    next = 0;
+    next.store(0, std::memory_order_relaxed);
     if (missing.size() != plan->work.joins.size()) missing = std::vector<std::atomic<int64_t>>(plan->work.joins.size());
-    for (auto& count : missing) count = 0;
-    for (const int64_t join : plan->work.join)
-      if (join >= 0) ++missing[join];
-    if (rotary) check_slots(turn);
+    for (size_t i = 0; i < missing.size(); ++i) missing[i].store(plan->work.joins[i].parts, std::memory_order_relaxed);
+    if (slots && !plan->has_checked(slots, turn)) plan->check_slots(*rotary, turn);
   }
 
   int64_t most_threads() const override { return plan->work.parts.size(); }
@@ -182,6 +204,8 @@ struct AttentionCall : Call {
     float* const memory = scratch.floats(plan->room);
     std::vector<char>& turned = queries();
     Attention own = args;
+    own.sequences = plan->sequences.data(), own.parts = plan->parts.get();
+    own.heads = plan->heads.order.data(), own.first_head = plan->heads.first.data();
     for (size_t i = next++; i < work.parts.size(); i = next++) {
       const AttentionPart& part = work.parts[i];
       if (rotary) own.q = turn(part, turned);
@@ -199,6 +223,7 @@ struct AttentionCall : Call {
       return false;
     before.release();
     rotary.reset(turns);
+    slots = turns->pages.slots;
     return true;
   }
 
@@ -208,22 +233,10 @@ struct AttentionCall : Call {
     return kept;
   }
 
-  // A part reads all keys but those it writes, so each sequence's must be its last.
-  void check_slots(int64_t turn) const {
-    rotary->prepare(turn);
-    for (size_t b = 0; b < plan->sequences.size(); ++b) {
-      const Sequence& s = plan->sequences[b];
-      const int64_t last = s.keys - s.prefix - 1;
-      const int64_t slot = args.table[b * args.table_width + last / args.page_size] * args.page_size + last % args.page_size;
-      STD_TORCH_CHECK(rotary->pages.slots[b] == slot, "rotary_write: slots[", b, "]=", rotary->pages.slots[b],
-                      " is not that of the last key, ", slot, ", as it was when recorded");
-    }
-  }
-
   // Turns the queries of a part's sequence into `to`; with the last key, that key. Returns q as if all were there.
   const void* turn(const AttentionPart& part, std::vector<char>& to) const {
     const Kernels& k = kernels();
-    const Sequence& s = args.sequences[part.sequence];
+    const Sequence& s = plan->sequences[part.sequence];
     const int64_t size = bf16 ? 2 : 4, row = args.num_heads * args.head_dim * size, t = s.first_query;
     if (int64_t(to.size()) < row) to.resize(row);
     const auto at = [&](const Rows& rows) { return static_cast<const char*>(rows.data) + t * rows.stride * size; };

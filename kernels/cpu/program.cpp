@@ -13,6 +13,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <deque>
+#include <exception>
 #include <map>
 #include <tuple>
 #include <vector>
@@ -66,8 +67,10 @@ class Barrier {
  public:
   explicit Barrier(int64_t threads) : arrived_(threads) {}
   // By a thread that does the work of the threads [first, last).
-  void wait(int64_t round, int64_t first, int64_t last) {
+  void arrive(int64_t round, int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) arrived_[t].round.store(round, std::memory_order_release);
+  }
+  void wait(int64_t round) const {
     for (const Line& other : arrived_)
       for (int spins = 0; other.round.load(std::memory_order_acquire) < round;)
         if (++spins < SPINS) pause();
@@ -109,8 +112,10 @@ struct DirectCall : Call {
 using Failure = std::tuple<int64_t, int64_t>;  // which direct call, its error's number; 0: none
 
 struct Program {
-  std::vector<std::unique_ptr<Call>> calls;        // as recorded, until `join`
+  std::vector<std::unique_ptr<Call>> calls;                  // as recorded, until `finish`
   std::vector<std::vector<std::unique_ptr<Call>>> segments;  // between what the program can't replay
+  std::exception_ptr refused;                                // what the last replay's `prepare` threw
+  Failure failure{0, 0};                                     // of the last replay
   struct Times {
     int64_t threads = 0;
     std::vector<double> seconds;  // [2][threads][calls]
@@ -149,20 +154,24 @@ struct Program {
       seconds = times[number].seconds.data();
     }
     const int64_t turn = ++turns;
-    for (const auto& call : segment) __builtin_prefetch(call.get());  // weights have gone through the caches since
+    for (const auto& call : segment)  // weights have gone through the caches since
+      for (size_t at : {size_t(0), LINE}) __builtin_prefetch(reinterpret_cast<const char*>(call.get()) + at);
     for (const auto& call : segment) call->prepare(turn);
     Barrier barrier(threads);
     const Call* failed = nullptr;
     torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+      const auto useful_for = [&](size_t i) { return i < segment.size() ? std::min(threads, segment[i]->most_threads()) : 0; };
+      int64_t useful = useful_for(0);
       for (size_t i = 0; i < segment.size(); ++i) {
-        const int64_t useful = std::min(threads, segment[i]->most_threads());
         for (int64_t t = first; t < last && t < useful; ++t) {
           double* const begin = seconds ? seconds + t * segment.size() + i : nullptr;
           if (begin) *begin = now();
           segment[i]->work(t, useful);
           if (begin) begin[threads * segment.size()] = now();
         }
-        barrier.wait(i, first, last);
+        barrier.arrive(i, first, last);
+        useful = useful_for(i + 1);  // brings the next call into the cache while others arrive
+        barrier.wait(i);
         if (segment[i]->error()) {
           if (first == 0) failed = segment[i].get();
           break;
@@ -203,8 +212,11 @@ void record_direct(int64_t function, int64_t handle, int64_t data, int64_t count
   ++recording->recorded;
 }
 
-Failure replay(int64_t program, int64_t segment, bool clock) {
-  return reinterpret_cast<Program*>(program)->replay(segment, clock);
+// Why the last replay of a segment didn't reach its end: throws what an input was refused with.
+Failure replay_failure(int64_t program) {
+  const Program& from = *reinterpret_cast<Program*>(program);
+  if (from.refused) std::rethrow_exception(from.refused);
+  return from.failure;
 }
 
 // [2, threads, calls] in float64, seconds on one clock when each thread began and ended its work on a call in the
@@ -221,6 +233,19 @@ Tensor replay_times(const Tensor like, int64_t program, int64_t segment) {
 void forget(int64_t program) { delete reinterpret_cast<Program*>(program); }
 
 }  // namespace
+
+// Runs a segment; whether it reached its end (else `replay_failure` says why). Called through ctypes: torch's way to an op
+// reads some hundred lines of memory that the weights have pushed out of the caches since the last step.
+extern "C" bool onemesh_replay(void* program, int64_t segment, bool clock) {
+  Program& of = *static_cast<Program*>(program);
+  of.refused = nullptr;
+  try {
+    of.failure = of.replay(segment, clock);
+  } catch (...) {
+    of.refused = std::current_exception();
+  }
+  return !of.refused && of.failure == Failure{0, 0};
+}
 
 bool is_recording() { return recording != nullptr; }
 
@@ -262,7 +287,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(onemesh, m) {
   m.def("recorded() -> int");
   m.def("record_end(int[] cuts) -> ()");
   m.def("record_direct(int function, int handle, int data, int count, int kind, int number) -> ()");
-  m.def("replay(int program, int segment, bool clock) -> (int, int)");
+  m.def("replay_failure(int program) -> (int, int)");
   m.def("replay_times(Tensor like, int program, int segment) -> Tensor");
   m.def("forget(int program) -> ()");
 }
@@ -272,7 +297,7 @@ STABLE_TORCH_LIBRARY_IMPL(onemesh, CompositeExplicitAutograd, m) {
   m.impl("recorded", TORCH_BOX(&recorded));
   m.impl("record_end", TORCH_BOX(&record_end));
   m.impl("record_direct", TORCH_BOX(&record_direct));
-  m.impl("replay", TORCH_BOX(&replay));
+  m.impl("replay_failure", TORCH_BOX(&replay_failure));
   m.impl("forget", TORCH_BOX(&forget));
 }
 
