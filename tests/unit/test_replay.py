@@ -357,42 +357,46 @@ def test_rotary_and_attention(dtype: torch.dtype, window: int | None, steps: Seq
         recording.replay()
 
 
-def test_slots_and_tables_are_checked_at_every_replay_for_every_layer() -> None:
+@pytest.mark.parametrize("has_own", [False, True])
+def test_slots_and_tables_are_checked_at_every_replay_for_every_layer(has_own: bool) -> None:
     """Layers that share their slots have them checked once, one with slots of its own has those checked."""
     ops, lengths = backend("compiled", torch.float32), [3, 1, 9]
     attending = Attending(ops, torch.float32, len(lengths), None)
     attending.set(lengths, [0, 2, 0])
     shared, own = attending.slots, attending.slots.clone()
+    used = (shared, shared, own) if has_own else (shared, shared)
+    rest = (attending.k, attending.v, attending.cos, attending.sin, *attending.caches)
     options = {"kv_index": attending.heads, "window": None, "scale": 0.3}
 
     def layers() -> Tensor:
         q = attending.q
-        for slots in (shared, shared, own, shared):
-            q = ops.rotary_write(q, attending.k, attending.v, attending.cos, attending.sin, *attending.caches, slots)
+        for slots in used:
+            q = ops.rotary_write(q, *rest, slots)
             q = ops.attention_paged(q, *attending.caches, attending.layout, **options)[0]
         return q
 
     recording = Recording(layers)
-    assert num_calls(recording) == 4
+    assert num_calls(recording) == len(used)
     table, num_slots = attending.layout.block_table_BM, Attending.PAGES * Attending.SIZE
-    outside_, shifted = rf"slots\[1\]={num_slots} of {num_slots} slots", r"slots\[1\]=\d+ is not that of the last key"
-    for x, at, value, message in [
-        (shared, 1, num_slots, outside_),
-        (own, 1, num_slots, outside_),
-        (shared, 1, -1, r"slots\[1\]=-1 of"),
-        (shared, 1, (int(shared[1]) + 1) % num_slots, shifted),
-        (own, 1, (int(own[1]) + 1) % num_slots, shifted),
+    shifted = r"slots\[1\]=\d+ is not that of the last key"
+    cases: list[tuple[Tensor, tuple[int, ...], int, str]] = [
         (table, (1, 0), Attending.PAGES, "block_table of chunk 1 names page 400 of 400"),
         (table, (1, 0), (int(table[1, 0]) + 1) % Attending.PAGES, shifted),
-    ]:
-        before = x[at].clone()
+    ]
+    for slots in used[1:]:
+        cases += [
+            (slots, (1,), (int(slots[1]) + 1) % num_slots, shifted),
+            (slots, (1,), num_slots, rf"slots\[1\]={num_slots} of {num_slots} slots"),
+            (slots, (1,), -1, r"slots\[1\]=-1 of"),
+        ]
+    for x, at, value, message in cases:
+        before = int(x[at])
         x[at] = value
         for _ in range(2):
             with pytest.raises(RuntimeError, match=message):
                 recording.replay()
         x[at] = before
-        expected = layers()
-        assert torch.equal(recording.replay(), expected), message
+        assert torch.equal(recording.replay(), layers())
 
 
 def decoding(runner: Runner, steps: int, adapters: Sequence[str | None]) -> list[Tensor]:
