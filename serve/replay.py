@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.cpu_attention import CpuLayout
@@ -110,9 +108,11 @@ class DecodeStep:
         self._chunks = _numbers(self._layout.chunks.view(-1))  # four a chunk
         self._tables = self._layout.block_table_BM.numpy()
         self._prefix_tables = self._layout.prefix_table_BM.numpy()
-        # what the tables hold: kept, so that another object means other pages
-        self._pages: list[tuple[int, ...]] = [()] * count
+        # whose pages the tables hold: kept, so that another object means other pages
+        self._pages: list[tuple[int, ...] | None] = [None] * count
         self._used: list[LoadedAdapter | None] = [None] * count
+        self._prefixes = [0] * count
+        self._last_pages = [0] * count  # their first slots
         fits = self.write(chunks, used)
         assert fits
         self._hidden = None if hidden is None else hidden.clone()
@@ -124,23 +124,25 @@ class DecodeStep:
 
         Most steps go on with the requests of the last one, and their tables stay as they are.
         """
-        size = self._page_size
+        ids, positions, slots, numbers = self._ids, self._positions, self._slots, self._chunks
         for b, (chunk, adapter) in enumerate(zip(chunks, used, strict=True)):
-            tokens, pages = chunk.tokens, chunk.pages
+            tokens, start = chunk.tokens, chunk.start
             if len(tokens) != 1 or not chunk.samples:
                 return False
-            if pages is not self._pages[b]:
-                if not _put(self._tables[b], pages):
-                    return False
-                self._pages[b] = pages
-            if adapter is not None and adapter is not self._used[b]:
-                if not _put(self._prefix_tables[b], adapter.pages):
-                    return False
-                self._used[b] = adapter
-            prefix, start = 0 if adapter is None else adapter.length, chunk.start
-            self._ids[b], self._positions[b] = tokens[0], start + prefix
-            self._slots[b] = pages[-1] * size + start % size
-            self._chunks[4 * b + 2], self._chunks[4 * b + 3] = start + 1, prefix
+            if (chunk.pages is not self._pages[b] or adapter is not self._used[b]) and not self._put(b, chunk, adapter):
+                return False
+            ids[b], positions[b], numbers[4 * b + 2] = tokens[0], start + self._prefixes[b], start + 1
+            slots[b] = self._last_pages[b] + start % self._page_size
+        return True
+
+    def _put(self, b: int, chunk: Chunk, adapter: LoadedAdapter | None) -> bool:
+        """Writes the block tables of a request that wasn't here, or has got a page; False if they are too narrow."""
+        pages, prefix = chunk.pages, () if adapter is None else adapter.pages
+        if len(pages) > self._tables.shape[1] or len(prefix) > self._prefix_tables.shape[1]:
+            return False
+        self._tables[b, : len(pages)], self._prefix_tables[b, : len(prefix)] = pages, prefix
+        self._chunks[4 * b + 3] = self._prefixes[b] = 0 if adapter is None else adapter.length
+        self._pages[b], self._used[b], self._last_pages[b] = pages, adapter, pages[-1] * self._page_size
         return True
 
     def replay(self, hidden: Tensor | None) -> Tensor:
@@ -155,11 +157,3 @@ class DecodeStep:
 def _numbers(x: Tensor) -> memoryview:
     """The integers of a dense [N] int64 tensor."""
     return memoryview(x.numpy()).cast("B").cast("q")
-
-
-def _put(row: NDArray[np.int64], pages: tuple[int, ...]) -> bool:
-    """Writes a block table; False if the row is too short."""
-    if len(pages) > len(row):
-        return False
-    row[: len(pages)] = pages
-    return True
