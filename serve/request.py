@@ -17,7 +17,7 @@ import hashlib
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 Finish = Literal["stop", "length", "abort", "error"]
 """Why a request ended: a stop token, the token limit, a cancel, or a failure told in `Output.error`."""
@@ -301,9 +301,8 @@ class TokenLogprob:
         return cls(id=values["id"], logprob=values["logprob"], top=_as_pairs(values["top"]))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Output:
-    """What one engine step gave one request."""
+class Output(NamedTuple):
+    """What one engine step gave one request; a named tuple, for one is made per token."""
 
     id: str
     """The request."""
@@ -315,10 +314,6 @@ class Output:
     """Why the request ended with this step; None = it goes on."""
     error: str | None = None
     """The message that goes with finish="error"."""
-
-    def __post_init__(self) -> None:
-        assert self.finish is None or self.finish in get_args(Finish), self.finish
-        assert (self.error is not None) == (self.finish == "error"), (self.finish, self.error)
 
     def to_dict(self) -> dict[str, Any]:
         """The output message: id, tokens, logprobs, finish, error as JSON types."""
@@ -333,11 +328,13 @@ class Output:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Output:
         """Reads `to_dict`'s form."""
-        entries = values["logprobs"]
+        entries, finish, error = (values[name] for name in ("logprobs", "finish", "error"))
+        assert finish is None or finish in get_args(Finish), finish
+        assert (error is not None) == (finish == "error"), (finish, error)
         return cls(
             id=values["id"],
             tokens=tuple(values["tokens"]),
             logprobs=None if entries is None else tuple(TokenLogprob.from_dict(entry) for entry in entries),
-            finish=values["finish"],
-            error=values["error"],
+            finish=finish,
+            error=error,
         )

@@ -28,6 +28,7 @@ import hashlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from serve.blocks import PagePool
 from serve.request import INVALID_TOKEN, Finish, Output, Request, RequestError
@@ -62,9 +63,8 @@ class Limits:
                 raise ValueError(f"{name}={value} must be at least 1")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chunk:
-    """Consecutive tokens of one request to compute in this step."""
+class Chunk(NamedTuple):
+    """Consecutive tokens of one request to compute in this step; a named tuple, for one is made per token."""
 
     id: str
     """The request."""
@@ -189,7 +189,9 @@ class Scheduler:
         step = _Step(budget=self._limits.max_batch_tokens)
         self._continue_running(step)
         self._admit_waiting(step)
-        parts = sorted(step.parts, key=lambda part: part[0].request.adapter or "")  # stable: each still by age
+        parts = step.parts
+        if any(live.request.adapter for live, _ in parts):
+            parts = sorted(parts, key=lambda part: part[0].request.adapter or "")  # stable: each still by age
         chunks = tuple(_chunk(live, length) for live, length in parts)
         plan = Plan(chunks=chunks, preempted=tuple(step.preempted))
         self._in_flight = (plan, tuple(live for live, _ in parts))
@@ -270,9 +272,14 @@ class Scheduler:
         assert all(self._pool.owners[page] for page in held), "a request holds a free page"
 
     def _continue_running(self, step: _Step) -> None:
-        index = 0
+        index, page_size = 0, self._pool.page_size
         while index < len(self._running) and step.budget:
             live = self._running[index]
+            if live.computed + 1 == len(live.tokens) <= len(live.pages) * page_size:  # decodes, its page has room
+                step.budget -= 1
+                step.parts.append((live, 1))
+                index += 1
+                continue
             length = self._fitting(live, step)
             while not length and live is not self._running[-1]:
                 self._preempt_newest(step)
