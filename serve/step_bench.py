@@ -136,8 +136,9 @@ Command: `python -m serve.step_bench`
 
 Plain: each kernel is called from Python. Kernel calls: the time from their first thread's begin to their last thread's
 end, summed, and their number; beyond: the rest of that step, from one call to the next, in Python, and for reading the
-clock (two readings a call: about 0.01 ms), without scheduler and sampler. The last column is the limit of a step that did nothing but read its weights
-at the speed of a plain read in the same round, and the share of it that the replayed step reaches.
+clock (two readings a call: about 0.01 ms), without scheduler and sampler. The last column is the limit of a step that
+did nothing but read its weights at the speed of a plain read in the same round, and the share of it that the replayed
+step reaches.
 """
     REPORT.parent.mkdir(parents=True, exist_ok=True)
     REPORT.write_text(text)
