@@ -68,6 +68,23 @@ def check_attention_varlen() -> None:
         wide = exactly({name: draw(i, *shape) for i, (name, shape) in enumerate(shapes.items())})
         compare(attend, wide, dtype)
         compare(attend, wide, dtype, grad=True)
+    _check_sharp_scores()
+
+
+def _check_sharp_scores() -> None:
+    """Weights that are almost all of one key, where the gradients feel each rounding of lse."""
+    for head_dim in (64, 128, 256):
+        shapes = {"q": (100, 4, head_dim), "k": (100, 2, head_dim), "v": (100, 2, head_dim)}
+        inputs = exactly({name: draw(i, *shape) for i, (name, shape) in enumerate(shapes.items())})
+        inputs["q"] = inputs["q"] * 8
+        for dtype in DTYPES:
+            for grad in (False, True):
+                compare(
+                    lambda o, t, h=head_dim: o.attention_varlen(*t.values(), [0, 100], scale=h**-0.5)[:1],
+                    inputs,
+                    dtype,
+                    grad=grad,
+                )
 
 
 def check_prefix() -> None:

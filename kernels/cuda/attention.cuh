@@ -11,7 +11,7 @@ namespace {
 
 constexpr int TILE = 32;         // keys per step of the running softmax
 constexpr int PART_TILES = 4;    // tiles per part
-constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+constexpr float LOG2_E = 1.4426950408889634f;
 
 // One chunk's numbers. Its tiles in order: those of the prefix, then those of the document from `first_tile` on, at the
 // border of a part; no query sees a key before.
@@ -69,17 +69,19 @@ struct Tile {
   }
 };
 
-// The score of a product q.k in units of log 2; `distance` is key - position.
+// The score of a product q.k; `distance` is key - position. In units of log 2 it would be rounded once more, and lse
+// twice, which the gradients of sharp weights feel.
 __device__ __forceinline__ float score(const AttentionPagedArgs& a, float product, float slope, bool is_prefix,
                                        int distance) {
   float s = __fmul_rn(product, a.scale);
   if (a.softcap > 0) s = __fmul_rn(a.softcap, tanhf(s / a.softcap));
-  if (!is_prefix) s = __fmaf_rn(slope, float(distance), s);
-  return __fmul_rn(s, LOG2_E);
+  return is_prefix ? s : __fmaf_rn(slope, float(distance), s);
 }
 
-// exp2(x - top) where top may be -inf because nothing was seen yet.
-__device__ __forceinline__ float weight(float x, float top) { return top == -INFINITY ? 0.f : exp2f(x - top); }
+// exp(x - top) where top may be -inf because nothing was seen yet.
+__device__ __forceinline__ float weight(float x, float top) {
+  return top == -INFINITY ? 0.f : exp2f(__fmul_rn(x - top, LOG2_E));
+}
 
 // Adds a part's (maximum, sum) to the total's; values are to be multiplied by `keep` (the total's) and `add`.
 __device__ __forceinline__ void merge(float& max, float& sum, float part_max, float part_sum, float& keep, float& add) {
@@ -94,7 +96,7 @@ __device__ __forceinline__ float merged(float total, float keep, float part, flo
 }
 
 __device__ __forceinline__ float normalised(float value, float sum) { return sum > 0 ? value / sum : 0.f; }
-__device__ __forceinline__ float log_sum(float max, float sum) { return sum > 0 ? (max + log2f(sum)) * LN_2 : -INFINITY; }
+__device__ __forceinline__ float log_sum(float max, float sum) { return sum > 0 ? max + logf(sum) : -INFINITY; }
 
 // What a split chunk's warp leaves for the merge.
 struct Partials {

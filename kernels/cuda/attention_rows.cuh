@@ -7,18 +7,24 @@ namespace {
 
 constexpr int ROW_WARPS = 4, ROWS_PER_BLOCK = 64, MAX_HEAD_DIM = 256, PER_LANE = MAX_HEAD_DIM / 32;
 
-// The product of a key with the query (in shared memory, float32); elements in rising order.
+// The product of a key with the query (in shared memory, float32): in steps of 16 elements, each summed by itself first.
+// So the gradients' products (product.cuh) have the same bits in float32, and lse is that of their scores.
 template <class T, bool WHOLE>
 __device__ __forceinline__ float dot(const float* q, const T* key, int head_dim) {
   constexpr int N = Vec<T>::N;
   float sum = 0;
-#pragma unroll 4
-  for (int i = 0; i < head_dim; i += N) {
-    float x[N];
-    load<WHOLE>(key + i, head_dim - i, x);
+  for (int first = 0; first < head_dim; first += 16) {
+    float part = 0;
 #pragma unroll
-    for (int j = 0; j < N; ++j)
-      if (WHOLE || i + j < head_dim) sum = __fmaf_rn(q[i + j], x[j], sum);
+    for (int i = first; i < first + 16; i += N) {
+      if (i >= head_dim) break;
+      float x[N];
+      load<WHOLE>(key + i, head_dim - i, x);
+#pragma unroll
+      for (int j = 0; j < N; ++j)
+        if (WHOLE || i + j < head_dim) part = __fmaf_rn(q[i + j], x[j], part);
+    }
+    sum = __fadd_rn(sum, part);
   }
   return sum;
 }
