@@ -310,18 +310,23 @@ void transpose_rows(const TransposeArgs& a, int64_t first, int64_t last) {
 template <class E>
 void turn(const TurnArgs& a, int64_t first, int64_t last) {
   constexpr int PER_UNIT = 4 / sizeof(E), ACROSS = PANEL / PER_UNIT;
+  constexpr int LINE_UNITS = (ACROSS + W - 1) / W * W;  // whole vectors
   const int64_t units = (a.in_width + PER_UNIT - 1) / PER_UNIT, out_units = (a.out_width + PER_UNIT - 1) / PER_UNIT;
-  for (int64_t p = first; p < last; ++p)
-    for (int64_t from = 0; from < a.out_width; from += PANEL) {
-      alignas(64) E block[PANEL][PANEL] = {};  // W[from + i][p * PANEL + j]
+  for (int64_t from = 0; from < a.out_width; from += PANEL)  // in the order in which the source lies in memory
+    for (int64_t p = first; p < last; ++p) {
+      alignas(64) E block[PANEL][LINE_UNITS * PER_UNIT];  // W[from + i][p * PANEL + j]
       const float* source = (const float*)a.from + (from / PANEL * units + p * ACROSS) * PANEL;
       const int64_t across = units - p * ACROSS < ACROSS ? units - p * ACROSS : ACROSS;
       for (int c = 0; c < PANEL; c += W)
-        for (int64_t u = 0; u < across; u += W) {
+        for (int64_t u = 0; u < LINE_UNITS; u += W) {
           vf some[W];
-          for (int i = 0; i < W; ++i) some[i] = u + i < across ? load(source + (u + i) * PANEL + c) : vf{};
+          for (int i = 0; i < W; ++i) {
+            const float* at = source + (u + i) * PANEL + c;
+            some[i] = u + i < across ? load(at) : vf{};
+            if (u + i < across) __builtin_prefetch(at + 2 * ACROSS * PANEL);
+          }
           transpose(some);
-          for (int i = 0; i < W; ++i) put((float*)block[c + i] + u, some[i], ACROSS - u < W ? ACROSS - u : W);
+          for (int i = 0; i < W; ++i) store((float*)block[c + i] + u, some[i]);
         }
       uint32_t* to = (uint32_t*)a.to + ((p - a.first) * out_units + from / PER_UNIT) * PANEL;
       const int64_t down = out_units - from / PER_UNIT < ACROSS ? out_units - from / PER_UNIT : ACROSS;
