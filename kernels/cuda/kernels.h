@@ -184,6 +184,8 @@ struct EmbeddingGradArgs {
   int32_t dtype;
 };
 
+constexpr int MOST_ADAPTERS = 64;  // of a launch: where their factors lie are its arguments
+
 // out += (x A^T) B^T in segments of rows, each with an adapter of its own; other rows stay as they are. What A gives is
 // rounded to x's type.
 struct LoraArgs {
@@ -195,7 +197,7 @@ struct LoraArgs {
   const int64_t* factors;  // [num_adapters, 3], the one member in host memory: where an adapter's a and b lie behind those
                            // above, and its rank
   const int64_t* items;    // [num_items, 3]: adapter, first row, 1 to 16 rows
-  int64_t num_adapters;    // at most 64
+  int64_t num_adapters;    // at most MOST_ADAPTERS
   int64_t num_items, width_in, width_out, rank, x_stride, out_stride;  // rank: R, the largest
   int32_t dtype, out_dtype;
 };

@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr int ROWS = 16, COLUMNS = 64, MOST_ADAPTERS = 64;
+constexpr int ROWS = 16, COLUMNS = 64;
 
 // The factors of every adapter of a launch.
 template <class T>

@@ -60,21 +60,21 @@ void linear_grad_weight(Tensor out, const Tensor grad, const Tensor x) {
 // the first R_i columns of these rows of hidden.
 void lora(Tensor out, Tensor hidden, const Tensor x, std::vector<Tensor> factors_a, std::vector<Tensor> factors_b,
           const Tensor items) {
-  constexpr int64_t MOST = 64;
   const Call call("lora", "x", x);
   LoraArgs a{};
   a.x = call.floats("x", x, 2, true);
   a.out_dtype = call.sum("out", out, 2);
   a.items = call.longs("items", items, 2);
   a.num_adapters = int64_t(factors_a.size());
-  call.check_that(a.num_adapters >= 1 && a.num_adapters <= MOST, "a has ", a.num_adapters, " factors, not 1 to 64");
+  call.check_that(a.num_adapters >= 1 && a.num_adapters <= MOST_ADAPTERS, "a has ", a.num_adapters,
+                  " factors, not 1 to ", MOST_ADAPTERS);
   call.check_that(factors_b.size() == factors_a.size(), "b has ", factors_b.size(), " factors, a ", a.num_adapters);
   call.floats("hidden", hidden, 2);
   call.size("hidden", hidden, 0, x.size(0));
   call.size("out", out, 0, x.size(0));
   call.size("items", items, 1, 3);
   a.rank = hidden.size(1), a.width_in = x.size(1), a.width_out = out.size(1), a.num_items = items.size(0);
-  int64_t factors[3 * MOST];
+  int64_t factors[3 * MOST_ADAPTERS];
   const auto distance = [&](const void* to, const void* from) {  // both lie on borders of elements
     return (reinterpret_cast<intptr_t>(to) - reinterpret_cast<intptr_t>(from)) / int64_t(x.element_size());
   };
