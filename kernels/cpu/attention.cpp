@@ -7,14 +7,15 @@
 // packed rows, or the threads. Keys and values that a query doesn't see change nothing as long as they are finite.
 //
 //   keys of an extent -> blocks of units [H / PER_UNIT][KEY_BLOCK]     values -> units [KEY_EXTENT / PER_UNIT][H]
-//   GROUP_ROWS (query, head) pairs: scores [GROUP_ROWS][KEY_EXTENT] -> exp2 -> weights -> outputs [GROUP_ROWS][H]
+//   GROUP_ROWS (query, head) pairs: scores [GROUP_ROWS][KEY_EXTENT] -> exp2 -> weights -> outputs [GROUP_ROWS][H];
+//   the weights of some pairs are computed between the multiply-adds of the outputs of others
 #include "attention.h"
 #include "attention_few.h"
 #include "kernels.h"
 
 namespace {
 
-constexpr int GROUP_ROWS = 2 * ROWS;  // whose scores of an extent are in cache together
+static_assert(GROUP_ROWS % ROWS == 0);
 
 // One thread's scratch, laid out for its part.
 struct Room {
@@ -125,21 +126,26 @@ struct Attend {
     }
   }
 
-  // Products of `count` rows with the n first keys of an extent, `block` [count][KEY_EXTENT], become their weights;
-  // gives the rows' maxima and sums [count].
-  void weigh(int64_t kv_head, int64_t group, int64_t row, int64_t count, int64_t first, int64_t n, float* block,
-             float* maxima, float* sums) const {
+  // Makes scores of the products of `count` rows with the n first keys of an extent, `block` [count][KEY_EXTENT], as
+  // far as `weighing` doesn't; gives the rows' maxima [count].
+  void find_largest(int64_t kv_head, int64_t group, int64_t row, int64_t count, int64_t first, int64_t n, float* block,
+                    float* maxima) const {
     const int vecs = (n + W - 1) / W;
-    const bool plain = scores.is_plain();
     for (int64_t r = 0; r < count; ++r) {
       const int64_t query = query_of(row + r, group), head = head_of(kv_head, row + r, group);
       const Seen seen(s, a.window, query, first, n);
       const int whole = seen.whole();
       float* const at = block + r * KEY_EXTENT;
       vf most = splat(-INF);
-      if (plain) {
-        for (int v = 0; v < whole; ++v) most = larger(load(at + v * W), most);
-        for (int v = whole; v < vecs; ++v) {
+      if (scores.is_plain()) {
+        vf other = most;
+        int v = 0;
+        for (; v + 2 <= whole; v += 2) {
+          most = larger(load(at + v * W), most);
+          other = larger(load(at + (v + 1) * W), other);
+        }
+        most = larger(other, most);
+        for (; v < vecs; ++v) {
           const vf x = select(seen.of(v), load(at + v * W), splat(-INF));
           store(at + v * W, x);
           most = larger(x, most);
@@ -155,26 +161,17 @@ struct Attend {
         maxima[r] = largest(most);
       }
     }
-    const vf factor = splat(plain ? scores.factor : 1.0f);
-    for (int64_t r = 0; r < count; ++r) {
-      float* const at = block + r * KEY_EXTENT;
-      const vf top = splat(maxima[r] == -INF ? 0 : -maxima[r]);
-      vf sum_of[2] = {}, w[2];
-      int v = 0;
-      for (; v + 2 <= vecs; v += 2) {
-        for (int i = 0; i < 2; ++i) {
-          w[i] = weight_of((U*)nullptr, fma(load(at + (v + i) * W), factor, top));
-          sum_of[i] += w[i];
-        }
-        store_weights((U*)nullptr, at + v * W / U::PER_UNIT, w, 2);
-      }
-      if (v < vecs) {
-        w[0] = weight_of((U*)nullptr, fma(load(at + v * W), factor, top));
-        sum_of[0] += w[0];
-        store_weights((U*)nullptr, at + v * W / U::PER_UNIT, w, 1);
-      }
-      sums[r] = sum(sum_of[0] + sum_of[1]);
-    }
+  }
+
+  Weighing weighing(int64_t count, int64_t n, float* block, const float* maxima, float* sums) const {
+    return {block, maxima, sums, scores.is_plain() ? scores.factor : 1.0f, count, (n + W - 1) / W};
+  }
+
+  // Products become weights; gives the rows' maxima and sums, too.
+  void weigh(int64_t kv_head, int64_t group, int64_t row, int64_t count, int64_t first, int64_t n, float* block,
+             float* maxima, float* sums) const {
+    find_largest(kv_head, group, row, count, first, n, block, maxima);
+    weigh_rows<U>(weighing(count, n, block, maxima, sums));
   }
 
   // Rows [row, row + count) of one kv head and the n packed keys from `first` on.
@@ -183,22 +180,27 @@ struct Attend {
     const int64_t last = query_of(row + count - 1, group) + s.offset + 1 - first;  // one past the last seen key
     const int64_t visible = last < n ? last : n;
     const float* const queries = room.queries + (heads_before(kv_head) * p.num_queries + row) * stride;
-    const auto each = [&](auto of) {  // balanced: 9 rows are 5 + 4
-      for (int64_t t = 0; t < tiles; ++t) of(count * t / tiles, count * (t + 1) / tiles - count * t / tiles);
-    };
+    const auto start = [&](int64_t tile) { return count * (tile < tiles ? tile : tiles) / tiles; };  // 9 rows are 4 + 5
     for (int64_t j = 0; j < visible; j += KEY_BLOCK) {
       const int64_t left = visible - j, vecs = ((left < KEY_BLOCK ? left : KEY_BLOCK) + W - 1) / W;
-      each([&](int64_t r, int64_t some) {
-        product<U, Into::NEW>(some, room.scores + r * KEY_EXTENT + j, KEY_EXTENT, queries + r * stride, stride, 1,
-                              room.keys + j * stride, KEY_BLOCK, row_units, vecs);
-      });
+      for (int64_t t = 0; t < tiles; ++t)
+        product<U, Into::NEW>(start(t + 1) - start(t), room.scores + start(t) * KEY_EXTENT + j, KEY_EXTENT,
+                              queries + start(t) * stride, stride, 1, room.keys + j * stride, KEY_BLOCK, row_units,
+                              vecs);
       next.fetch();
     }
-    weigh(kv_head, group, row, count, first, visible, room.scores, room.largest, room.sums);
-    each([&](int64_t r, int64_t some) {
-      product<U, Into::NEW>(some, room.outputs + r * width, width, room.scores + r * KEY_EXTENT, KEY_EXTENT, 1,
-                            room.values, width, (visible + U::PER_UNIT - 1) / U::PER_UNIT, (a.head_dim + W - 1) / W);
-    });
+    find_largest(kv_head, group, row, count, first, visible, room.scores, room.largest);
+    const auto weighing_of = [&](int64_t t) {
+      const int64_t r = start(t);
+      return weighing(start(t + 1) - r, visible, room.scores + r * KEY_EXTENT, room.largest + r, room.sums + r);
+    };
+    weigh_rows<U>(weighing_of(0));
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t r = start(t);
+      product_and_weights<U>(start(t + 1) - r, room.outputs + r * width, width, room.scores + r * KEY_EXTENT,
+                             KEY_EXTENT, room.values, width, (visible + U::PER_UNIT - 1) / U::PER_UNIT, (a.head_dim + W - 1) / W,
+                             weighing_of(t + 1));
+    }
   }
 
   // Keys and values [first, first + n) of an extent, packed for many rows; those of the next one come to the second

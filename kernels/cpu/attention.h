@@ -11,15 +11,17 @@ namespace {
 
 struct Floats {
   static constexpr int PER_UNIT = 1;
+  static vf multiply_add(vf b, vf a, vf sum) { return fma(b, a, sum); }
   static vf multiply_add(vf b, const float* a, vf sum) { return fma(b, splat(*a), sum); }
 };
 #ifdef __AVX512BF16__
 struct Pairs {
   static constexpr int PER_UNIT = 2;
+  static vf multiply_add(vf b, vf a, vf sum) { return _mm512_dpbf16_ps(sum, (__m512bh)b, (__m512bh)a); }
   static vf multiply_add(vf b, const float* a, vf sum) {
     int32_t pair;
     memcpy(&pair, a, 4);
-    return _mm512_dpbf16_ps(sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(pair));
+    return multiply_add(b, (vf)_mm512_set1_epi32(pair), sum);
   }
 };
 #endif
@@ -89,9 +91,8 @@ inline vf rough_power(vf f) {
 template <vf (*POWER)(vf) = power>
 inline vf exp2(vf x) {
 #if defined(__AVX512F__)
-  x = larger(splat(-200.0f), x);
-  const vf n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return _mm512_scalef_ps(POWER(x - n), n);
+  const vf f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // x less the nearest integer
+  return _mm512_scalef_ps(POWER(f), x - f);
 #else
   const vi is_normal = ~(x < splat(-126.0f));
   const vf moved = select(is_normal, x, vf{}) + splat(12582912.0f);  // 1.5 * 2^23: rounds to an integer
@@ -122,23 +123,40 @@ inline vf tanh(vf x) {
 // What a product does with what lies in its place: forgets it, or adds to it.
 enum class Into { NEW, SUM };
 
-// c[R][V vectors] = a x b (+ ...): n units; a is read unit by unit, b vector by vector.
-template <class U, Into I, int R, int V>
+struct Nothing {
+  template <class F>
+  void operator()(const F&) const {}
+};
+
+// c[R][V vectors] = a x b (+ ...): n units; a is read unit by unit, b vector by vector. `beside` is given a function
+// that does one more unit, if any is left, to call between what it computes.
+template <class U, Into I, int R, int V, class Beside = Nothing>
 inline void tile(float* c, int64_t c_row, const float* a, int64_t a_row, int64_t a_unit, const float* b, int64_t b_unit,
-                 int64_t n) {
+                 int64_t n, const Beside& beside = {}) {
   vf sum[R][V];
+#pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sum[r][v] = vf{};
-  for (int64_t u = 0; u < n; ++u) {
+  const auto unit = [&]() INLINE {
     vf x[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) x[v] = load(b + u * b_unit + v * W);
+    for (int v = 0; v < V; ++v) x[v] = load(b + v * W);
 #pragma GCC unroll 6
-    for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r) {
+      const vf one = broadcast(a + r * a_row);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[r][v] = U::multiply_add(x[v], a + r * a_row + u * a_unit, sum[r][v]);
-  }
+      for (int v = 0; v < V; ++v) sum[r][v] = U::multiply_add(x[v], one, sum[r][v]);
+    }
+    a += a_unit, b += b_unit, --n;
+  };
+  beside([&]() INLINE {
+    if (n > 0) unit();
+  });
+  while (n > 0) unit();
+#pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       float* to = c + r * c_row + v * W;
       store(to, I == Into::SUM ? load(to) + sum[r][v] : sum[r][v]);
@@ -241,6 +259,57 @@ inline void store_weights(Pairs*, float* to, const vf* x, int vecs) {
     _mm512_storeu_si512(to + v * W / 2, (__m512i)_mm512_cvtne2ps_pbh(v + 1 < vecs ? x[v + 1] : vf{}, x[v]));
 }
 #endif
+
+// Rows of scores that become weights where they are, 2^(factor x score - largest).
+struct Weighing {
+  float* scores;  // [rows][KEY_EXTENT]
+  const float* largest;
+  float* sums;  // [rows], of the weights
+  float factor;
+  int64_t rows, vecs;
+};
+
+// TIGHT: `between` is called for each vector, and leaves few registers.
+template <class U, bool TIGHT = false, class F = Nothing>
+inline void weigh_rows(const Weighing& t, const F& between = {}) {
+  for (int64_t r = 0; r < t.rows; ++r) {
+    float* const at = t.scores + r * KEY_EXTENT;
+    const float factor = t.factor, top = t.largest[r] == -INF ? 0 : -t.largest[r];
+    const auto every_lane = [](const float& x) INLINE { return TIGHT ? broadcast(&x) : splat(x); };
+    vf sum_of[2] = {}, w[2];
+    const auto weigh = [&](int64_t v, int i) INLINE {
+      if constexpr (TIGHT) between();
+      w[i] = weight_of((U*)nullptr, fma(load(at + v * W), every_lane(factor), every_lane(top)));
+      sum_of[i] += w[i];
+    };
+    int64_t v = 0;
+    for (; v + 2 <= t.vecs; v += 2) {
+      weigh(v, 0), weigh(v + 1, 1);
+      store_weights((U*)nullptr, at + v * W / U::PER_UNIT, w, 2);
+    }
+    if (v < t.vecs) {
+      weigh(v, 0);
+      store_weights((U*)nullptr, at + v * W / U::PER_UNIT, w, 1);
+    }
+    t.sums[r] = sum(sum_of[0] + sum_of[1]);
+  }
+}
+
+// A new `product`, and other rows become weights: where registers suffice between its multiply-adds, as half of what an
+// exponential takes goes to other ports of the processor.
+template <class U>
+inline void product_and_weights(int64_t rows, float* c, int64_t c_row, const float* a, int64_t a_row, const float* b,
+                                int64_t b_unit, int64_t n, int64_t vecs, const Weighing& others) {
+  int64_t done = 0;
+  if (W == 16 && rows == ROWS && vecs >= COLUMNS) {
+    done = COLUMNS;
+    tile<U, Into::NEW, ROWS, COLUMNS>(c, c_row, a, a_row, 1, b, b_unit, n,
+                                      [&](const auto& unit) INLINE { weigh_rows<U, true>(others, unit); });
+  } else {
+    weigh_rows<U>(others);
+  }
+  product<U, Into::NEW>(rows, c + done * W, c_row, a, a_row, 1, b + done * W, b_unit, n, vecs - done);
+}
 
 // Rows of KEY_BLOCK floats as units along the rows: one row, or two as pairs.
 inline void store_unit_rows(Floats*, float* to, const float (*rows)[KEY_BLOCK]) { memcpy(to, rows, sizeof(*rows)); }

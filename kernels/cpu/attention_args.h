@@ -6,6 +6,8 @@
 // positions.
 constexpr int KEY_BLOCK = 64, KEY_EXTENT = 512;
 
+constexpr int GROUP_ROWS = 24;  // (query, head) pairs whose scores of an extent are in cache together
+
 constexpr int BACKWARD_TILE = 96;  // rows whose weights are in cache between the backward's products
 
 // Queries that attend one run of keys. Key j of it is an entry of the prefix for j < prefix. Query i sees the keys
@@ -53,7 +55,7 @@ constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }  // to a vect
 // Floats of scratch for a forward part of `rows` (query, head) pairs.
 inline int64_t attention_room(int64_t head_dim, int64_t rows) {
   const int64_t width = padded(head_dim);
-  return 2 * KEY_EXTENT * width + (rows > 16 ? rows : 16) * (3 * width + KEY_EXTENT + 4) + 128;
+  return 2 * KEY_EXTENT * width + padded(rows > GROUP_ROWS ? rows : GROUP_ROWS) * (3 * width + KEY_EXTENT + 4) + 128;
 }
 
 // Queries of a backward segment: as many rows, with `group` heads each, as the second cache level holds with all theirs.

@@ -24,21 +24,6 @@ constexpr int ROWS = 4, VECS = 3;
 #endif
 static_assert(PANEL % (VECS * W) == 0);
 
-// The 4 bytes at p in every lane. In assembly, because GCC loads all rows' units first otherwise, and then has no
-// registers left for the sums.
-inline vf broadcast(const char* p) {
-  vf x;
-#if defined(__AVX2__)
-  typedef float unit __attribute__((aligned(2), may_alias));
-  asm volatile("vbroadcastss %1, %0" : "=v"(x) : "m"(*(const unit*)p));
-#else
-  float f;
-  memcpy(&f, p, 4);
-  x = splat(f);
-#endif
-  return x;
-}
-
 struct Float32 {
   typedef float Element;
   static constexpr int PER_UNIT = 1;

@@ -17,8 +17,9 @@
 
 namespace {
 
-// (query, head) pairs of a part of a chunk: as many share what packing keys costs as leave each thread a few parts.
-constexpr int64_t LEAST_ROWS = 24, MOST_ROWS = 192;
+// (query, head) pairs of a part of a chunk: as many share what packing keys costs as leave each thread a few parts;
+// beyond MANY_ROWS that is little, and each thread must be left more.
+constexpr int64_t LEAST_ROWS = 24, MANY_ROWS = 192, MOST_ROWS = 384;
 
 struct Join {
   int64_t first, last;  // the results in Attention::parts that are merged for one query
@@ -64,7 +65,8 @@ Work cut(const Attention& a, int64_t num_sequences) {
   for (int64_t b = 0; b < num_sequences; ++b)
     if (a.sequences[b].queries == 1) ++singles, total += extents(seen(a.sequences[b]));
     else queries += a.sequences[b].queries;
-  const int64_t rows = std::clamp(queries * a.first_head[a.num_kv_heads] / (4 * threads), LEAST_ROWS, MOST_ROWS);
+  const int64_t share = queries * a.first_head[a.num_kv_heads] / threads;
+  const int64_t rows = std::max(std::clamp(share / 4, LEAST_ROWS, MANY_ROWS), std::min(share / 12, MOST_ROWS));
   const int64_t per_part = std::max<int64_t>(1, total / (4 * threads));
   Work work;
   for (int64_t b = 0; b < num_sequences; ++b) {

@@ -29,5 +29,3 @@ inline __attribute__((always_inline)) void write(T* p, vf x, int n) {
 }
 
 }  // namespace
-
-#define INLINE __attribute__((always_inline))  // of a lambda: n is then a constant where vectors are whole

@@ -11,6 +11,8 @@
 #include <immintrin.h>
 #endif
 
+#define INLINE __attribute__((always_inline))  // of a lambda: what the caller knows is then constant, or in registers
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -44,6 +46,21 @@ inline vf select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)n
 
 inline vf load(const float* p) { return *(const vf*)p; }
 inline void store(float* p, vf x) { *(vf*)p = x; }
+
+// The 4 bytes at p in every lane, loaded here: GCC would keep loop invariants, and what it is about to need, in
+// registers that sums take.
+inline vf broadcast(const void* p) {
+  vf x;
+#if defined(__AVX2__)
+  typedef float unit __attribute__((aligned(2), may_alias));
+  asm volatile("vbroadcastss %1, %0" : "=v"(x) : "m"(*(const unit*)p));
+#else
+  float f;
+  memcpy(&f, p, 4);
+  x = splat(f);
+#endif
+  return x;
+}
 
 // bfloat16 is kept as uint16_t.
 typedef uint16_t bf16;
@@ -150,6 +167,12 @@ __attribute__((always_inline)) inline void transpose(vf (&v)[W]) {
 
 // Sums and maxima over lanes, halves onto halves: one order for every caller. A maximum with NaN is NaN.
 inline float sum(vf x) {
+#if defined(__AVX512F__)  // GCC would go through memory
+  const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+#endif
   float v[W];
   store(v, x);
   for (int n = W / 2; n; n /= 2)
