@@ -1,13 +1,13 @@
-"""The engine: every rank replays the same scheduler; one samples; rank 0 talks to the outside.
+"""The engine: every rank replays the same scheduler; one samples a row; rank 0 talks to the outside.
 
 A turn of the loop, the same on every rank:
 
     rank 0: what came in  --broadcast-->  every rank: add, cancel, (un)load adapters
-    schedule (deterministic, no communication)  ->  forward (all ranks)  ->  last stage, tensor rank 0: sample
-    ids  --broadcast-->  update
+    schedule (deterministic, no communication)  ->  forward (all ranks)
+    last stage: each tensor rank samples its share of the rows  --broadcasts-->  update
 
-Nothing assumes that logits are equal on two ranks. While idle, rank 0 sends an empty turn every second, which is
-also how the other ranks know that it lives.
+Nothing assumes that logits are equal on two ranks: a row is sampled by one of them. While idle, rank 0 sends an empty
+turn every second, which is also how the other ranks know that it lives.
 """
 
 from __future__ import annotations
@@ -190,18 +190,33 @@ class Engine:
         ids = [chunk.id for chunk in plan.chunks if chunk.samples]
         if not ids:
             return {}, {}
-        mesh = self.mesh
-        payload = b""
-        if logits_BV is not None and mesh.tensor.is_first:
-            tokens, details = self.sampler.sample(logits_BV, *self.scheduler.sampling())
-            if mesh.world.size == 1:
-                found = {id: detail for id, detail in zip(ids, details, strict=True) if detail is not None}
-                return dict(zip(ids, tokens, strict=True)), found
-            payload = json.dumps([tokens, [None if d is None else d.to_dict() for d in details]]).encode()
-        sampler = mesh.world.ranks[0] + (mesh.pipeline.size - 1) * mesh.tensor.size
-        tokens, details = json.loads(comm.broadcast_bytes(payload, mesh.world, sampler))
-        found = {id: TokenLogprob.from_dict(d) for id, d in zip(ids, details, strict=True) if d is not None}
+        mesh, shares = self.mesh, self.runner.shares(len(ids))
+        mine: tuple[list[int], list[TokenLogprob | None]] = [], []
+        if logits_BV is not None and len(logits_BV):
+            requests, histories = self.scheduler.sampling()
+            share = shares[mesh.tensor.rank]
+            mine = self.sampler.sample(logits_BV, requests[share], histories[share])
+        tokens, details = mine if mesh.world.size == 1 else self._gather(*mine, shares)
+        found = {id: detail for id, detail in zip(ids, details, strict=True) if detail is not None}
         return dict(zip(ids, tokens, strict=True)), found
+
+    def _gather(
+        self, tokens: list[int], details: list[TokenLogprob | None], shares: Sequence[slice]
+    ) -> tuple[list[int], list[TokenLogprob | None]]:
+        """What the last stage's tensor ranks sampled, on every rank: a broadcast over the world from each that had
+        rows."""
+        mesh = self.mesh
+        first = mesh.world.ranks[0] + (mesh.pipeline.size - 1) * mesh.tensor.size
+        payload = json.dumps([tokens, [None if d is None else d.to_dict() for d in details]]).encode()
+        all_tokens: list[int] = []
+        all_details: list[TokenLogprob | None] = []
+        for place, share in enumerate(shares):
+            if share.start == share.stop:
+                break  # the first ranks have the rows
+            some, theirs = json.loads(comm.broadcast_bytes(payload, mesh.world, first + place))
+            all_tokens += some
+            all_details += [None if d is None else TokenLogprob.from_dict(d) for d in theirs]
+        return all_tokens, all_details
 
 
 def _with_logprobs(output: Output, detail: TokenLogprob | None) -> Output:

@@ -49,18 +49,30 @@ class Runner:
         self._columns = [stop - start for start, stop in itertools.pairwise(offsets)]
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor | None:
-        """Computes the chunks and returns the logits [B, V] float32 of those that sample, in order; the next call
-        may overwrite them.
+        """Computes the chunks and returns logits [B', V] float32: of the B of them that sample, in order, this tensor
+        rank's share (`shares`). The next call may overwrite them.
 
-        Only the last pipeline stage returns them (on each of its tensor ranks), the others None, as does a step
-        in which nothing samples. Communicates
-        T * D elements to the next stage, 2 * T * D a layer over tensor, B * V/tp elements at the end.
+        Only the last pipeline stage returns any, the others None, as does a step in which nothing samples.
+        Communicates T * D elements to the next stage, 2 * T * D a layer over tensor, at most B * V/tp at the end.
         """
         samples = any(chunk.samples for chunk in chunks)
         output = self._stage(chunks, None) if self.mesh.pipeline.size == 1 else self._pipeline(chunks)
         if output is None or not samples:
             return None
-        return comm.all_gather(output, self.mesh.tensor, self._columns, dim=1)
+        return self._whole_rows(output)
+
+    def shares(self, count: int) -> list[slice]:
+        """Which of `count` rows of logits each tensor rank gets, to sample from."""
+        return [slice(*bounds) for bounds in itertools.pairwise(partition(count, self.mesh.tensor.size))]
+
+    def _whole_rows(self, logits_BV: Tensor) -> Tensor:
+        """From this rank's columns [B, V/tp] of all rows to all columns [B', V] of its share of them."""
+        tensor = self.mesh.tensor
+        if tensor.size == 1:
+            return logits_BV
+        rows = [logits_BV[share] for share in self.shares(logits_BV.shape[0])]
+        shapes = [(rows[tensor.rank].shape[0], columns) for columns in self._columns]
+        return torch.cat(comm.all_to_all(rows, tensor, shapes), dim=1)
 
     @torch.inference_mode()
     def _pipeline(self, chunks: Sequence[Chunk]) -> Tensor | None:

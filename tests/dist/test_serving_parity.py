@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 
+from parallel.comm import Launch
+from parallel.model.source import open_source
 from serve.request import Request, SamplingParams
-from tests.serving import SERVED, Served, Serving, serve
+from serve.start import build_engine
+from tests.ranks import on_ranks
+from tests.serving import SERVED, ListFront, Served, Serving, serve
 
 NEW_TOKENS = 12
 
@@ -31,7 +36,6 @@ def reference() -> Served:
 
 
 def test_tokens_are_those_of_transformers() -> None:
-    from parallel.model.source import open_source
     from tests.unit.test_decoder import hf_model
 
     source = open_source(Serving().model)
@@ -99,6 +103,37 @@ def test_seeded_sampling_is_the_same_in_any_company_and_layout() -> None:
     assert together.tokens != reference().tokens
     assert serve(Serving(tensor=2), [drawn]).tokens == together.tokens
     assert serve(Serving(max_chunk=3), [drawn[5:6]]).tokens["5"] == together.tokens["5"]
+
+
+def _rows_sampled(launch: Launch, serving: Serving) -> tuple[list[int], Served | None]:
+    """Rows that this rank sampled, by step, and rank 0's result."""
+    engine = build_engine(serving.config, open_source(serving.model), launch)
+    steps: list[int] = []
+    sample = engine.sampler.sample
+
+    def counted(logits_BV: torch.Tensor, requests: Any, histories: Any) -> Any:
+        steps.append(len(logits_BV))
+        return sample(logits_BV, requests, histories)
+
+    engine.sampler.sample = counted
+    front = ListFront([requests()]) if launch.rank == 0 else None
+    engine.run(front)
+    return steps, None if front is None else front.result
+
+
+@pytest.mark.parametrize(("pipeline", "tensor"), [(1, 2), (1, 3), (1, 4), (2, 2)], ids=lambda value: str(value))
+def test_the_last_stages_ranks_share_the_rows_to_sample(pipeline: int, tensor: int) -> None:
+    """16 rows a step; each is sampled once, by one of them, and what it gave comes back to its request."""
+    found = on_ranks(pipeline * tensor, _rows_sampled, Serving(pipeline=pipeline, tensor=tensor))
+    served = found[0][1]
+    assert served.tokens == reference().tokens
+    for id, expected in reference().logprobs.items():
+        assert torch.allclose(torch.tensor(served.logprobs[id]), torch.tensor(expected), atol=1e-4)
+    *earlier, last = [[sum(steps) for steps, _ in found[i : i + tensor]] for i in range(0, len(found), tensor)]
+    assert not any(map(any, earlier)), "an earlier stage has no logits"
+    assert sum(last) == 16 * NEW_TOKENS
+    shares = [16 // tensor + (rank < 16 % tensor) for rank in range(tensor)]
+    assert last == [NEW_TOKENS * share for share in shares]
 
 
 def test_a_request_that_cannot_fit_is_refused_and_the_others_live() -> None:
