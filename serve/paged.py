@@ -9,6 +9,7 @@ from torch import Tensor
 
 from conf.schema import Architecture
 from kernels.dispatch import Ops
+from kernels.memory import Area
 from kernels.paged import PagedLayout
 from parallel.model.attend import window_of
 from parallel.model.decoder import Decoder, Stage
@@ -27,11 +28,13 @@ class KvCache:
 
     @staticmethod
     def allocate(decoder: Decoder, *, num_pages: int, page_size: int) -> KvCache:
-        """Reserves the pages for a stage's decoder; memory is touched only as they fill."""
+        """Reserves the pages for a stage's decoder; memory is touched only as they fill, on a CPU 2 MB at a time."""
         shape = (num_pages, page_size, decoder.here.num_kv_heads, decoder.architecture.head_dim)
-        layers = range(decoder.stage.start, decoder.stage.stop)
+        layers, area = range(decoder.stage.start, decoder.stage.stop), Area()
 
         def pages() -> tuple[Tensor, ...]:
+            if decoder.device.type == "cpu":
+                return tuple(area.empty(shape, decoder.dtype) for _ in layers)
             return tuple(torch.empty(shape, dtype=decoder.dtype, device=decoder.device) for _ in layers)
 
         return KvCache(decoder.stage.start, pages(), pages())

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from kernels.memory import Area
+from serve.paged import KvCache
 from tests.backends import backend
+from tests.models import BIASED, RandomWeights
+from tests.unit.test_decoder import our_model
 
 ROOT = Path(__file__).parents[2]
 FAULTS = """
@@ -85,6 +88,31 @@ def test_an_area_asks_for_huge_pages():
     with mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE) as plain:
         address = torch.frombuffer(plain, dtype=torch.uint8).data_ptr()
         assert "hg" not in flags(address + 4096)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_of_an_area_have_their_shapes_and_nothing_in_common(dtype):
+    area = Area(block_bytes=1 << 16)
+    shapes = [(3, 5, 2, 7), (1, 1, 1, 1), (0, 4, 2, 2), (40, 16, 3, 64)]
+    tensors = [area.empty(shape, dtype).fill_(i) for i, shape in enumerate(shapes)]
+    for i, (x, shape) in enumerate(zip(tensors, shapes, strict=True)):
+        assert (tuple(x.shape), x.dtype) == (shape, dtype)
+        assert x.is_contiguous()
+        assert x.numel() == 0 or x.data_ptr() % 64 == 0
+        assert (x == i).all()
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no transparent huge pages")
+def test_a_cache_is_on_huge_pages_and_its_layers_apart():
+    decoder = our_model(RandomWeights(BIASED), torch.float32)
+    cache = KvCache.allocate(decoder, num_pages=9, page_size=8)
+    layers = cache.keys + cache.values
+    assert len(layers) == 2 * BIASED.num_layers
+    for i, pages in enumerate(layers):
+        assert pages.shape == (9, 8, BIASED.num_kv_heads, BIASED.head_dim)
+        assert "hg" in flags(pages.data_ptr())
+        pages.fill_(i)
+    assert all((pages == i).all() for i, pages in enumerate(layers))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
