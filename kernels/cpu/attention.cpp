@@ -253,18 +253,18 @@ struct Attend {
   }
 
   // One query's heads and the keys of an extent: RUN keys of one kv head after the other, then the values, from where
-  // they lie in memory; what the one AHEAD steps later reads is prefetched.
+  // they lie in memory; what later steps read is prefetched.
   void attend_few(int64_t first, int64_t n, int64_t end, int64_t part) {
     const bool is_cold = found != first;
     const int64_t next = take_offsets(first, n, end), steps = 2 * steps_of(n);
     const int64_t* const here = offsets[now ^ 1];
-    for (int64_t step = 0; is_cold && step < AHEAD; ++step) lines_of(step, n, here).all();
+    for (int64_t step = 0; is_cold && step < Ahead<U>::FAR; ++step) lines_of(step, n, here).all();
     const auto lines_at = [&](int64_t at) {
       return at < steps ? lines_of(at, n, here) : lines_of(at - steps, next, offsets[now]);
     };
     const auto ahead_of = [&](int64_t step) {
-      Lines<T> lines = lines_at(step + AHEAD);
-      if (lines.per_row > 2) lines.ask_again(lines_at(step + SOON));
+      Lines<T> lines = lines_at(step + Ahead<U>::FAR);
+      if (lines.per_row > Ahead<U>::ONCE) lines.ask_again(lines_at(step + Ahead<U>::SOON));
       return lines;
     };
     const int64_t last_head = p.first_kv_head + p.num_kv_heads;

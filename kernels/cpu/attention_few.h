@@ -16,15 +16,20 @@ constexpr int FEW_ROWS = ROWS;
 #endif
 template <int N>
 using Number = std::integral_constant<int, N>;
-constexpr int RUN = 16;   // keys, or values, of a step
-constexpr int AHEAD = 5;  // steps from prefetching to reading; 3 to 8 take the same time
-constexpr int SOON = 2;   // and from prefetching once more
+constexpr int RUN = 16;  // keys, or values, of a step
+// Steps from prefetching to reading, and from prefetching once more; which rows are: those of more than ONCE lines. Where
+// more is computed for a line than of pairs, further ahead and twice for short rows costs more than it brings.
+template <class U>
+struct Ahead {
+  static constexpr bool PAIRS = U::PER_UNIT == 2;
+  static constexpr int FAR = PAIRS ? 9 : 5, SOON = PAIRS ? 3 : 2, ONCE = PAIRS ? 0 : 2;
+};
 static_assert(RUN % W == 0 && KEY_BLOCK % RUN == 0);
 
 // The lines of some rows, to be prefetched in the order of memory: in another one it takes twice as long. They come one
 // by one between the multiply-adds, as all at once they wait for each other, and what is computed for them. A processor
-// drops a prefetch while as many lines as it can keep track of are under way, so rows of more than two lines are asked
-// for once more, shortly before they are read; shorter rows gain nothing by that.
+// drops a prefetch while as many lines as it can keep track of are under way, so lines are asked for once more, shortly
+// before they are read.
 template <class T, int LOCALITY = 3>
 struct Lines {
   const T *from, *from_again = nullptr;
