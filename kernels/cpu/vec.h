@@ -172,12 +172,13 @@ inline float sum(vf x) {
   __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   b = _mm_add_ps(b, _mm_movehl_ps(b, b));
   return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
-#endif
+#else
   float v[W];
   store(v, x);
   for (int n = W / 2; n; n /= 2)
     for (int i = 0; i < n; ++i) v[i] += v[i + n];
   return v[0];
+#endif
 }
 inline float max(vf x) {
   float v[W];
