@@ -7,9 +7,8 @@ installation), `load` returns None.
 from __future__ import annotations
 
 import sysconfig
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,26 +60,6 @@ def load() -> type[Arena] | None:
     return _shm.Arena
 
 
-@dataclass(slots=True, eq=False)
-class Receipt:
-    """A message that is to come into `x`; those of one rank come in the order in which they were asked for."""
-
-    x: Tensor
-    source: int
-    memory: SharedMemory
-    done: bool = False
-
-    def wait(self) -> None:
-        """Blocks until the message is there."""
-        memory = self.memory
-        while not self.done:
-            first = memory._asked[self.source].popleft()
-            code = memory._receive(first.x, first.source)
-            if code:
-                raise memory._failure(code, first.x)
-            first.done = True
-
-
 @dataclass(eq=False)
 class SharedMemory:
     """One group's shared memory, as the rank at `place` among `ranks` (global) sees it; all of them on this host.
@@ -95,11 +74,9 @@ class SharedMemory:
     place: int
     ranks: tuple[int, ...]
     timeout_s: float
-    _asked: list[deque[Receipt]] = field(init=False)
 
     def __post_init__(self) -> None:
         arena = self.arena
-        self._asked = [deque() for _ in self.ranks]
         self._all_reduce = arena.all_reduce  # looked up once, not at every call
         self._reduce_scatter = arena.reduce_scatter
         self._all_gather = arena.all_gather
@@ -163,12 +140,11 @@ class SharedMemory:
         if code:
             raise self._failure(code, x)
 
-    def receive(self, x: Tensor, source: int) -> Receipt:
-        """Asks for the next message of the rank at `source`, whose size is that of `x`; `wait` refuses what isn't
-        contiguous."""
-        receipt = Receipt(x, source, self)
-        self._asked[source].append(receipt)
-        return receipt
+    def receive(self, x: Tensor, source: int) -> None:
+        """Waits for the next message of the rank at `source`, whose size is that of `x`, and copies it there."""
+        code = self._receive(x, source)
+        if code:
+            raise self._failure(code, x)
 
     def broken(self, code: int) -> Broken:
         """The error of this number, which a function of the library returned."""

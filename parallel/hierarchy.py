@@ -59,7 +59,7 @@ class Transport(Protocol):
         """Begins sending `x`; None when `x` may change."""
 
     def receive(self, x: Tensor, source: int) -> Work | None:
-        """Begins receiving into `x`."""
+        """Begins receiving into `x`; None when it is there."""
 
 
 def by_rows(
