@@ -17,7 +17,7 @@ from serve.scheduler import Chunk
 from tests.backends import backend
 from tests.models import BIASED, TINY
 from tests.ranks import on_ranks
-from tests.unit.test_replay import decoding, runner_of
+from tests.replays import decoding, runner_of
 
 SOON_S = 5.0
 """A dead peer is an error within this time."""
