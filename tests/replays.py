@@ -18,6 +18,13 @@ from serve.runner import Runner
 from serve.scheduler import Chunk
 from tests.models import RandomWeights
 
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers."""
+    return torch.randn(*shape).to(dtype)
+
 
 def num_calls(recording: Recording) -> int:
     """Of a replay whose calls follow each other on the clock."""

@@ -12,3 +12,10 @@ def thread_counts() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_gradients() -> Iterator[None]:
+    """The mode in which a server computes."""
+    with torch.inference_mode():
+        yield

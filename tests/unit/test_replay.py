@@ -5,7 +5,7 @@ import gc
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -19,19 +19,9 @@ from kernels.replay import Direct, Recording, outside
 from serve.batch import LoadedAdapter
 from tests.backends import backend, packed
 from tests.models import BIASED, TINY
-from tests.replays import decoding, num_calls, runner_of
+from tests.replays import DTYPES, decoding, draw, num_calls, runner_of
 
-DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape).to(dtype)
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def check(function: Callable[[], Tensor], inputs: Sequence[Tensor], *, outsides: int = 0) -> Recording:

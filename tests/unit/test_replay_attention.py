@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -11,19 +11,9 @@ from torch import Tensor
 from kernels.ops import Ops
 from kernels.replay import Recording
 from tests.backends import backend
-from tests.replays import num_calls
+from tests.replays import DTYPES, draw, num_calls
 
-DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape).to(dtype)
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 class Attending:
