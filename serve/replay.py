@@ -54,7 +54,7 @@ class Replays:
         if step is not None and step.write(chunks, used):
             self._steps.move_to_end(key)
             return step.replay(hidden)
-        if not all(chunk.samples and len(chunk.tokens) == 1 for chunk in chunks):
+        if not all(map(_decodes, chunks)):
             return None
         if key not in self._seen:
             if len(self._seen) == MOST_SEEN:
@@ -126,12 +126,12 @@ class DecodeStep:
         """
         ids, positions, slots, numbers = self._ids, self._positions, self._slots, self._chunks
         for b, (chunk, adapter) in enumerate(zip(chunks, used, strict=True)):
-            tokens, start = chunk.tokens, chunk.start
-            if len(tokens) != 1 or not chunk.samples:
+            if not _decodes(chunk):
                 return False
             if (chunk.pages is not self._pages[b] or adapter is not self._used[b]) and not self._put(b, chunk, adapter):
                 return False
-            ids[b], positions[b], numbers[4 * b + 2] = tokens[0], start + self._prefixes[b], start + 1
+            start = chunk.start
+            ids[b], positions[b], numbers[4 * b + 2] = chunk.tokens[0], start + self._prefixes[b], start + 1
             slots[b] = self._last_pages[b] + start % self._page_size
         return True
 
@@ -152,6 +152,11 @@ class DecodeStep:
             with torch.inference_mode():
                 self._hidden.copy_(hidden)
         return self.recording.replay()
+
+
+def _decodes(chunk: Chunk) -> bool:
+    """Whether it is a request's newest token, to draw the next one from."""
+    return chunk.samples and len(chunk.tokens) == 1
 
 
 def _numbers(x: Tensor) -> memoryview:

@@ -16,6 +16,15 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from kernels import shared_memory
+
+needs_shared_memory = pytest.mark.skipif(
+    not shared_memory.LIBRARY.is_file(),
+    reason="_shm.so isn't built: there was no C++ compiler, or no Python.h, at `make install`",
+)
+
 PRELOAD = ["torch._dynamo", "matplotlib.backends.backend_agg", "train.__main__", "serve.start", "tests.ranks"]
 
 

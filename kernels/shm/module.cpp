@@ -4,6 +4,7 @@
 #include <cerrno>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <vector>
 
 #include "collectives.h"
@@ -34,16 +35,12 @@ bool has(Py_ssize_t count, Py_ssize_t wanted) {
   return false;
 }
 
-bool read(PyObject* from, int& to) {
-  const long value = PyLong_AsLong(from);
-  to = int(value);
-  return value != -1 || PyErr_Occurred() == nullptr;
-}
-
 bool read_below(PyObject* from, const char* what, int count, int& to) {
-  if (!read(from, to)) return false;
-  if (to >= 0 && to < count) return true;
-  PyErr_Format(PyExc_ValueError, "%s=%d is none of %d", what, to, count);
+  const long value = PyLong_AsLong(from);
+  if (value == -1 && PyErr_Occurred() != nullptr) return false;
+  to = int(value);
+  if (value >= 0 && value < count) return true;
+  PyErr_Format(PyExc_ValueError, "%s=%ld is none of %d", what, value, count);
   return false;
 }
 
@@ -64,6 +61,8 @@ bool read(PyObject* from, int ranks, std::vector<uint64_t>& to) {
   }
   return true;
 }
+
+uint64_t sum(const std::vector<uint64_t>& sizes) { return std::accumulate(sizes.begin(), sizes.end(), uint64_t(0)); }
 
 bool is_length(const View& x, int dim, uint64_t wanted) {
   if (uint64_t(x.size(dim)) == wanted) return true;
@@ -107,9 +106,7 @@ PyObject* reduce_scatter_tensor(PyObject* self, PyObject* const* values, Py_ssiz
   if (!has(count, 2) || !x.read(values[0]) || !read(values[1], arena->n, sizes)) return nullptr;
   const int type = type_of(x, false);
   if (type < 0 || x.num_dims() == 0 || !x.is_contiguous()) return unsuitable();
-  uint64_t total = 0;
-  for (const uint64_t size : sizes) total += size;
-  if (!is_length(x, 0, total)) return nullptr;
+  if (!is_length(x, 0, sum(sizes))) return nullptr;
   Result out(x, 0, int64_t(sizes[arena->me]));
   const uint64_t row_bytes = x.items(1, x.num_dims()) * x.item_bytes();
   const int error =
@@ -125,9 +122,7 @@ PyObject* all_gather_tensor(PyObject* self, PyObject* const* values, Py_ssize_t 
   if (!has(count, 3) || !x.read(values[0]) || !read(values[1], arena->n, sizes)) return nullptr;
   if (!read_below(values[2], "dim", x.num_dims(), dim) || !is_length(x, dim, sizes[arena->me])) return nullptr;
   if (!x.is_contiguous()) return unsuitable();
-  uint64_t total = 0;
-  for (const uint64_t size : sizes) total += size;
-  Result out(x, dim, int64_t(total));
+  Result out(x, dim, int64_t(sum(sizes)));
   const uint64_t item_bytes = x.items(dim + 1, x.num_dims()) * x.item_bytes(), rows = x.items(0, dim);
   const int error =
       without_lock([&] { return all_gather(arena, x.data(), out.data(), sizes.data(), item_bytes, rows); });

@@ -16,17 +16,11 @@ from parallel.mesh import Mesh
 from serve.scheduler import Chunk
 from tests.backends import backend
 from tests.models import BIASED, TINY
-from tests.ranks import on_ranks
+from tests.ranks import needs_shared_memory, on_ranks
 from tests.replays import decoding, runner_of
 
 SOON_S = 5.0
 """A dead peer is an error within this time."""
-
-needs_library = pytest.mark.skipif(
-    not shared_memory.LIBRARY.is_file(),
-    reason="_shm.so isn't built: there was no C++ compiler, or no Python.h, at `make install`",
-)
-
 
 def _decodes(launch: Launch, biased: bool, threads: int) -> tuple[list[int], list[bool]]:
     """Calls from Python in a replay of each kind of step, and whether kernels follow each other without one."""
@@ -46,7 +40,7 @@ def _decodes(launch: Launch, biased: bool, threads: int) -> tuple[list[int], lis
     return [sum(len(calls) for _, calls in some) for some in segments], [len(some) == 1 for some in segments]
 
 
-@needs_library
+@needs_shared_memory
 @pytest.mark.parametrize(("ranks", "threads"), [(2, 1), (2, 2), (3, 1)])
 def test_ranks_replay_the_bits_of_the_plain_step_without_python(ranks: int, threads: int) -> None:
     calls, whole = on_ranks(ranks, _decodes, False, threads)[0]
@@ -86,7 +80,7 @@ def _dies(launch: Launch, threads: int) -> str:
     return str(caught.value)
 
 
-@needs_library
+@needs_shared_memory
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_rank_that_dies_ends_the_others_replay(threads: int) -> None:
     message = on_ranks(2, _dies, threads, lost=[1])[0]

@@ -17,19 +17,13 @@ from kernels import shared_memory
 from parallel import comm
 from parallel.comm import Group, Launch
 from parallel.mesh import Mesh
-from tests.ranks import on_ranks
+from tests.ranks import needs_shared_memory, on_ranks
+
+pytestmark = needs_shared_memory
 
 SIZES = (0, 1, 1023, 16 << 10, 150_001)
 """Items: none, odd ones, one slot, and chunks whose last is ragged."""
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def _needs_the_library() -> None:
-    if shared_memory.load() is None:
-        pytest.skip(
-            f"{shared_memory.LIBRARY.name} isn't built: there was no C++ compiler, or no Python.h, at `make install`"
-        )
 
 
 def values(rank: int, items: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

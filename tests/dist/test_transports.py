@@ -18,16 +18,10 @@ from parallel import comm
 from parallel.comm import Group, Launch, PeerLost
 from parallel.hierarchy import Hierarchy
 from parallel.mesh import Mesh
-from tests.ranks import on_ranks
+from tests.ranks import needs_shared_memory, on_ranks
 
 SOON_S = 5.0
 """A dead peer is an error within this time."""
-
-needs_library = pytest.mark.skipif(
-    not shared_memory.LIBRARY.is_file(),
-    reason="_shm.so isn't built: there was no C++ compiler, or no Python.h, at `make install`",
-)
-
 
 def _kind(group: Group) -> str:
     return "" if group.handle is None else type(group.handle.on_cpu).__name__
@@ -83,7 +77,7 @@ def _on_hosts(launch: Launch, hosts: str) -> list[str]:
     return [_kind(group) for group in (mesh.world, mesh.tensor, mesh.data)]
 
 
-@needs_library
+@needs_shared_memory
 @pytest.mark.parametrize(
     ("hosts", "kinds"),
     [
@@ -109,7 +103,7 @@ def _opens_late(launch: Launch) -> float:
     return sum(comm.all_reduce(torch.ones(1), world).item() for _ in range(10))
 
 
-@needs_library
+@needs_shared_memory
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor is always shared")
 def test_ranks_agree_on_how_to_wait_before_all_have_opened_the_memory() -> None:
     """Each has a processor of its own, which the first to open can't learn from the memory."""
@@ -147,7 +141,7 @@ def _without_memory(launch: Launch) -> str:
     return _kind(world)
 
 
-@needs_library
+@needs_shared_memory
 def test_a_host_that_gives_no_memory_leaves_gloo() -> None:
     assert on_ranks(2, _without_memory) == ["Network"] * 2
 
@@ -193,7 +187,7 @@ def _named_files() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if "onemesh" in name}
 
 
-@needs_library
+@needs_shared_memory
 def test_a_source_notices_a_lost_rank_though_it_waits_for_nobody() -> None:
     """At its first broadcast, not when the slots run out after the fourth."""
     (waited, message), _ = on_ranks(2, _wait_in, "tell", 1, signal.SIGKILL, lost=[1])
@@ -201,7 +195,7 @@ def test_a_source_notices_a_lost_rank_though_it_waits_for_nobody() -> None:
     assert message.endswith("lost rank 1 (its process has ended)")
 
 
-@needs_library
+@needs_shared_memory
 @pytest.mark.parametrize(
     ("ranks", "operation", "how", "reason"),
     [
@@ -237,6 +231,6 @@ def _die(launch: Launch, ready: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@needs_library
+@needs_shared_memory
 def test_nothing_is_left_when_all_ranks_are_killed(tmp_path: Path) -> None:
     on_ranks(2, _die, f"{tmp_path}/ready", lost=[0, 1])

@@ -389,18 +389,3 @@ def test_64_streams_at_once_all_end_with_their_own_text(client, engine):
         thread.join(60)
     assert got == texts
     assert engine.num_running == 0
-
-
-def test_the_models_sampling_fills_in_what_a_request_does_not_say():
-    generation = {"temperature": 0.6, "top_p": 0.9, "top_k": None, "repetition_penalty": 1.1, "do_sample": False}
-    with running(generation=generation) as engine:
-
-        def sampled(path: str, **fields) -> tuple:
-            httpx.post(engine.url + path, json={"max_tokens": 1, **fields}, timeout=20).raise_for_status()
-            seen = engine.seen[-1].sampling
-            return seen.temperature, seen.top_p, seen.top_k, seen.min_p, seen.repetition_penalty
-
-        assert sampled(CHAT, messages=user("say x")) == (0.6, 0.9, 0, 0.0, 1.1)
-        assert sampled("/v1/completions", prompt="say x", temperature=None) == (0.6, 0.9, 0, 0.0, 1.1)
-        said = {"temperature": 1.0, "top_k": 5, "repetition_penalty": 1}  # 1 is what it would be without the file
-        assert sampled(CHAT, messages=user("say x"), **said) == (1.0, 0.9, 5, 0.0, 1)

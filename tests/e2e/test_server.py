@@ -134,7 +134,7 @@ def test_the_text_is_the_engines(tiny: Server, adapters: dict[str, Path]) -> Non
 
 
 def test_a_chat_and_its_stream_say_the_same(tiny: Server) -> None:
-    asked: dict[str, Any] = {"messages": user("What is a rank?"), "max_tokens": 200, "seed": 3, "temperature": 0.8}
+    asked: dict[str, Any] = {"messages": user("What is a rank?"), "max_tokens": 800, "seed": 3, "temperature": 0.8}
     for model in ("tiny", "lora"):
         whole = tiny.client.chat.completions.create(model=model, **asked)
         chunks = list(
@@ -144,7 +144,7 @@ def test_a_chat_and_its_stream_say_the_same(tiny: Server) -> None:
         )
         assert whole.model == chunks[0].model == model
         deltas = [chunk.choices[0].delta.content or "" for chunk in chunks[:-1]]
-        assert len(deltas) > 1  # not counted further: a busy machine hands out many tokens in one
+        assert len(deltas) > 3  # of up to 800: a busy machine hands out many tokens in one
         assert "".join(deltas) == whole.choices[0].message.content
         assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
         assert chunks[-1].usage == whole.usage

@@ -1,6 +1,7 @@
 """What several unit tests share."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,3 +20,12 @@ def no_gradients() -> Iterator[None]:
     """The mode in which a server computes."""
     with torch.inference_mode():
         yield
+
+
+@pytest.fixture
+def a_folder_with_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Works in one, with files of rows and an adapter."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("rows.jsonl", "other.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    (tmp_path / "adapter").mkdir()

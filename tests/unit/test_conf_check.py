@@ -1,32 +1,17 @@
-"""The rules across fields, each with its message; what checking fills in; what resume may change."""
+"""The rules across fields, each with its message; what checking fills in."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from conf.check import check, difference
+from conf.check import check
 from conf.layout import balanced_stages
 from conf.load import load, read_saved, save
 from conf.schema import Architecture, Config, ConfigError, ParallelConf, RopeScaling
+from tests.conf_cases import SMOLLM2, TINY, checked
 
-TINY = load(["model=tiny"], "train").model.architecture
-SMOLLM2 = Architecture(
-    num_layers=30, width=576, num_heads=9, num_kv_heads=3, head_dim=64, ffn_width=1536, vocab_size=49152,
-    max_positions=8192, tied_embeddings=True,
-)  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def a_folder_with_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("rows.jsonl", "other.jsonl"):
-        (tmp_path / name).write_text("{}\n")
-    (tmp_path / "adapter").mkdir()
-
-
-def checked(*argv: str, ranks: int | None = 1, architecture: Architecture | None = SMOLLM2) -> Config:
-    return check(load(["data.path=rows.jsonl", *argv], "train"), "train", ranks, architecture)
+pytestmark = pytest.mark.usefixtures("a_folder_with_rows")
 
 
 def served(*argv: str, ranks: int = 1, architecture: Architecture | None = SMOLLM2) -> Config:
@@ -374,40 +359,3 @@ class TestAllAtOnce:
             "parallel.tensor=two is not an integer or null",
             "parallel.schedule=zbv is not available yet; use one of gpipe, 1f1b",
         ]
-
-
-class TestDifference:
-    def test_layout_and_lengths_of_the_run_may_change(self) -> None:
-        saved = checked("tune=lora", "run_dir=a", ranks=4)
-        other = ["parallel.pipeline=2", "parallel.recompute=full", "parallel.microbatches=3", "train.steps=7"]
-        argv = [
-            *other,
-            "train.save_every=3",
-            "train.keep_checkpoints=1",
-            "train.resume=never",
-            "logger=wandb",
-        ]
-        assert difference(saved, checked("tune=lora", "run_dir=b", *argv, ranks=2)) == []
-
-    def test_all_else_is_listed(self) -> None:
-        saved = checked("tune=lora")
-        now = checked("tune=lora", "tune.rank=4", "optim.lr=0.001", "tune.targets=[q_proj]", "train.batch_size=3")
-        assert difference(saved, now) == [
-            "tune.rank: was 8, now 4",
-            "tune.targets: was [q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj], now [q_proj]",
-            "optim.lr: was 0.0001, now 0.001",
-            "train.batch_size: was 8, now 3",
-        ]
-
-    def test_an_architecture_is_compared_too(self) -> None:
-        seven = ["model=tiny", "model.architecture.num_layers=7"]
-        saved, now = checked("model=tiny", architecture=TINY), checked(*seven, architecture=TINY)
-        assert difference(saved, now) == ["model.architecture.num_layers: was 5, now 7"]
-        assert "model.architecture.num_layers: was 5, now null" in difference(saved, checked())
-        assert "model.path: was , now package:" in "\n".join(difference(saved, checked()))
-
-    def test_a_decay_that_ends_with_the_run_follows_it(self) -> None:
-        saved = checked("optim.schedule=cosine", "train.steps=5")
-        assert difference(saved, checked("optim.schedule=cosine", "train.steps=9")) == []
-        fixed = checked("optim.schedule=cosine", "train.steps=9", "optim.decay_steps=20")
-        assert difference(saved, fixed) == ["optim.decay_steps: was 5, now 20"]

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from kernels import shared_memory
+from tests.ranks import needs_shared_memory
 
 Arena = shared_memory.load()
-pytestmark = pytest.mark.skipif(
-    Arena is None, reason="_shm.so isn't built: there was no C++ compiler, or no Python.h, at `make install`"
-)
+pytestmark = needs_shared_memory
 
 
 def group(name: str) -> list:
