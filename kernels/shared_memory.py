@@ -64,7 +64,8 @@ def load() -> type[Arena] | None:
 class SharedMemory:
     """One group's shared memory, as the rank at `place` among `ranks` (global) sees it; all of them on this host.
 
-    Every tensor is contiguous and on the CPU. Every method may raise Broken; the group is of no use then.
+    Every tensor is on the CPU and contiguous, but for what is scattered or gathered. Every method may raise Broken; the
+    group is of no use then.
     Sums and maxima are taken in rank order, whatever the size: an entry's bits depend on the ranks' entries alone.
     bfloat16 and float16 are summed in float32 and rounded once. Integers wrap; a maximum with NaN is NaN.
     """

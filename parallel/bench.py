@@ -1,8 +1,14 @@
 """Times collectives through shared memory beside gloo: python -m parallel.bench [out=docs/benchmarks/collectives.md]
 
-Starts ranks with torchrun, two and then eight, each tied to one processor. Both transports are called through
+Starts two ranks and then eight, each tied to one processor. Both transports are called through
 `parallel.comm` in the same processes, in turns, so that whatever else happens on the machine happens to both. A time is
-the median over the calls of rank 0; of send and receive it is half of a message's way there and back.
+that of a window of calls in a loop, by the number of calls: the median over the windows of rank 0. (A clock read around
+each call is as long as a quarter of a small one: ranks that share a processor read it one after the other.) Of send and
+receive it is half of a message's way there and back.
+
+Ranks that share processors are timed twice: all in one session, as srun starts them, and each in its own, as torchrun
+does. Where the kernel schedules by session (sched_autogroup_enabled), a rank that gives its processor up often gets it
+back before those of other sessions, for which it waits (docs/collectives.md).
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,10 +36,10 @@ from parallel import comm
 from parallel.comm import Group, Launch
 
 SIZES = (4 << 10, 64 << 10, 1 << 20, 16 << 20)
-CALLS = {4 << 10: 400, 64 << 10: 200, 1 << 20: 60, 16 << 20: 10}
-"""Calls of each transport in a round, by size."""
-CROWDED_CALLS = (25, 1000)
-"""Calls of gloo and of shared memory in a round, on more ranks than processors."""
+WINDOWS = {4 << 10: (20, 20), 64 << 10: (20, 10), 1 << 20: (12, 5), 16 << 20: (10, 1)}
+"""Windows of each transport in a round, and calls in each, by size."""
+CROWDED_WINDOWS = ((5, 5), (50, 20))
+"""Of gloo and of shared memory on more ranks than processors."""
 ROUNDS = 3
 TARGETS = {4 << 10: 40, 64 << 10: 10, 1 << 20: 3, 16 << 20: 5}
 """How many times as fast as gloo shared memory is meant to be on two ranks."""
@@ -47,6 +54,8 @@ class Timing:
     operation: str
     ranks: int
     size: int
+    sessions: bool
+    """Whether each rank had a session of its own."""
     gloo_us: float
     shared_us: float
 
@@ -62,12 +71,12 @@ def operations(group: Group, size: int) -> dict[str, Callable[[], object]]:
     equal = [size // 4 // group.size] * group.size
     part = x[: equal[0]].clone()
     found: dict[str, Callable[[], object]] = {
-        "all_reduce": lambda: comm.all_reduce(x, group),
-        "reduce_scatter": lambda: comm.reduce_scatter(x, group, equal, 0),
-        "all_gather": lambda: comm.all_gather(part, group, equal, 0),
+        "all_reduce": partial(comm.all_reduce, x, group),
+        "reduce_scatter": partial(comm.reduce_scatter, x, group, equal, 0),
+        "all_gather": partial(comm.all_gather, part, group, equal, 0),
     }
     if group.size == 2:
-        found["send/receive"] = lambda: _there_and_back(x, group)
+        found["send/receive"] = partial(_there_and_back, x, group)
     return found
 
 
@@ -82,6 +91,7 @@ def _there_and_back(x: torch.Tensor, group: Group) -> None:
 
 def measure(launch: Launch) -> list[Timing]:
     """Times every operation on all ranks of this job; collective."""
+    sessions = os.getsid(0) == os.getpid()
     with _transport("gloo"):
         gloo = _world(launch)
     with _transport("shared"):
@@ -89,27 +99,37 @@ def measure(launch: Launch) -> list[Timing]:
     crowded = launch.world_size > 2
     timings: list[Timing] = []
     for size in SIZES[:1] if crowded else SIZES:
-        calls = CROWDED_CALLS if crowded else (CALLS[size], CALLS[size])
+        windows = CROWDED_WINDOWS if crowded else 2 * (WINDOWS[size],)
         by_gloo, by_shared = operations(gloo, size), operations(shared, size)
         for name in by_gloo:
             times: tuple[list[float], list[float]] = ([], [])
             for _ in range(ROUNDS):
-                for operation, mine, count in zip((by_gloo[name], by_shared[name]), times, calls, strict=True):
+                for operation, mine, (count, calls) in zip(
+                    (by_gloo[name], by_shared[name]), times, windows, strict=True
+                ):
                     operation()
                     comm.barrier(gloo)
-                    mine += [_seconds(operation) for _ in range(count)]
+                    mine += [_seconds(operation, calls) for _ in range(count)]
             scale = 0.5e6 if name == "send/receive" else 1e6
             medians = [statistics.median(mine) * scale for mine in times]
             timings.append(
-                Timing(operation=name, ranks=launch.world_size, size=size, gloo_us=medians[0], shared_us=medians[1])
+                Timing(
+                    operation=name,
+                    ranks=launch.world_size,
+                    size=size,
+                    sessions=sessions,
+                    gloo_us=medians[0],
+                    shared_us=medians[1],
+                )
             )
     return timings
 
 
-def _seconds(operation: Callable[[], object]) -> float:
+def _seconds(operation: Callable[[], object], calls: int) -> float:
     started = time.perf_counter()
-    operation()
-    return time.perf_counter() - started
+    for _ in range(calls):
+        operation()
+    return (time.perf_counter() - started) / calls
 
 
 def _world(launch: Launch) -> Group:
@@ -129,37 +149,46 @@ def _transport(name: str) -> Iterator[None]:
             os.environ["ONEMESH_TRANSPORT"] = before
 
 
-def rank(launch: Launch, results: Path) -> None:
-    """What each rank of the benchmark does; the first one writes the timings."""
+def rank(launch: Launch, folder: Path) -> None:
+    """What each rank of the benchmark does; the first one writes the timings into `folder`."""
     torch.set_num_threads(1)
     keep_freed_memory()  # as the server does
     allowed = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {allowed[launch.local_rank % len(allowed)]})
-    comm.start(launch, timeout_s=60)
+    comm.start(launch, timeout_s=60, init_method=f"file://{folder / 'store'}")
     try:
         timings = measure(launch)
         if launch.rank == 0:
-            results.write_text(json.dumps([asdict(timing) for timing in timings]))
+            (folder / "timings").write_text(json.dumps([asdict(timing) for timing in timings]))
     finally:
         comm.stop()
 
 
+def job(ranks: int, sessions: bool) -> list[Timing]:
+    """The timings of so many ranks on this host. Raises RuntimeError when one of them fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        places = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "parallel.bench", f"rank={folder}"]
+        running = [
+            subprocess.Popen(
+                command, env={**os.environ, **places, "RANK": str(i), "LOCAL_RANK": str(i)}, start_new_session=sessions
+            )
+            for i in range(ranks)
+        ]
+        if failed := [i for i, process in enumerate(running) if process.wait() != 0]:
+            raise RuntimeError(f"ranks {failed} of {ranks} failed; what they printed is above")
+        return [Timing(**timing) for timing in json.loads((Path(folder) / "timings").read_text())]
+
+
 def main(arguments: list[str]) -> int:
-    """Runs both jobs, prints the report and writes it to `out=<file>`; returns the exit code."""
+    """Runs the jobs, prints the report and writes it to `out=<file>`; returns the exit code."""
     if len(arguments) > 1 or not all(argument.startswith("out=") for argument in arguments):
         print(f"python -m parallel.bench takes out=<file> alone, not {' '.join(arguments)}", file=sys.stderr)
         return 2
     if shared_memory.load() is None:
         print(f"{shared_memory.LIBRARY.name} isn't built: there is nothing to compare", file=sys.stderr)
         return 2
-    timings: list[Timing] = []
-    with tempfile.TemporaryDirectory() as folder:
-        results = Path(folder) / "timings"
-        for ranks in (2, 8):
-            torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            subprocess.run([*torchrun, "-m", "parallel.bench", f"rank={results}"], check=True, env=environment)
-            timings += [Timing(**timing) for timing in json.loads(results.read_text())]
+    timings = [timing for how in ((2, False), (8, False), (8, True)) for timing in job(*how)]
     text = report(timings)
     print(text)
     if arguments:
@@ -173,9 +202,11 @@ def report(timings: list[Timing]) -> str:
         "# Collectives in shared memory beside gloo",
         "",
         f"{date.today()}, {processor()}, {os.cpu_count()} processors, torch {torch.__version__}, commit {commit()}.",
-        "Microseconds of a call of `parallel.comm`, Python included: median over the calls of the first rank; of send",
-        "and receive half of the way there and back. float32; the size is that of the whole tensor. Each rank is tied",
-        f"to one processor and has one thread. Both transports in the same processes, in {ROUNDS} rounds in turn.",
+        "Microseconds of a call of `parallel.comm`, Python included: the first rank's time for a window of calls in a",
+        "loop, by their number, median over the windows; of send and receive half of the way there and back. float32;",
+        "the size is that of the whole tensor. Each rank is tied to one processor and has one thread. Both transports",
+        f"in the same processes, in {ROUNDS} rounds in turn. Own sessions: each rank has one, as torchrun starts them;",
+        "else all have one together, as srun does.",
         "",
         "Command: `python -m parallel.bench out=docs/benchmarks/collectives.md`",
         "",
@@ -187,7 +218,8 @@ def report(timings: list[Timing]) -> str:
         met = t.ratio >= TARGETS[t.size] if t.ranks == 2 else t.shared_us <= CROWDED_TARGET_US
         size = f"{t.size >> 20} MB" if t.size >= 1 << 20 else f"{t.size >> 10} KB"
         figures = f"{t.gloo_us:.1f} | {t.shared_us:.1f} | {t.ratio:.1f}x"
-        lines.append(f"| {t.operation} | {t.ranks} | {size} | {figures} | {aim}{'' if met else ', missed'} |")
+        ranks = f"{t.ranks}, own sessions" if t.sessions else str(t.ranks)
+        lines.append(f"| {t.operation} | {ranks} | {size} | {figures} | {aim}{'' if met else ', missed'} |")
     return "\n".join(lines) + "\n"
 
 

@@ -178,6 +178,7 @@ class Network:
 
     def reduce_scatter(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """Of unequal parts one of the all-reduced whole: gloo scatters equal ones only."""
+        x = x.contiguous()
         if len(set(sizes)) == 1:
             out = x.new_empty((sizes[0], *x.shape[1:]))
             # the older name warns since torch 2.13
@@ -192,6 +193,7 @@ class Network:
         """Unequal parts travel padded to the longest one: gloo gathers equal ones only."""
         if dim:
             return by_rows(self.all_gather, x, sizes, dim)
+        x = x.contiguous()
         if len(set(sizes)) == 1:
             out = x.new_empty((sum(sizes), *x.shape[1:]))
             dist.all_gather(list(out.split(list(sizes))), x, group=self.group)
@@ -254,11 +256,12 @@ def _sum_op(group: Group) -> str:
 
 def all_reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
     """Reduces contiguous `x` in place over the group (`sum` or `max`) and returns it."""
-    if group.handle is None:
+    handle = group.handle
+    if handle is None:
         return x
     group.traffic.add("all_reduce", group.axis, x.nbytes)
-    try:  # not `named`, here and where parts or messages travel: a frame more is a twentieth of a small call
-        group.through(x).all_reduce(x, op)
+    try:  # neither `named` nor `through`, here and where parts travel: a frame is a twentieth of a small call
+        (handle.on_cpu if x.is_cpu else handle.network).all_reduce(x, op)
     except RuntimeError as error:
         raise lost(error, "all_reduce", group) from error
     return x
@@ -277,7 +280,8 @@ def all_gather(x: Tensor, group: Group, sizes: Sequence[int], dim: int) -> Tenso
 
     Counted with the longest part's bytes, which is what gloo moves.
     """
-    if group.handle is None:
+    handle = group.handle
+    if handle is None:
         return x
     longest = max(sizes)
     if sizes[group.rank] == longest:
@@ -285,9 +289,8 @@ def all_gather(x: Tensor, group: Group, sizes: Sequence[int], dim: int) -> Tenso
     else:
         num_bytes = longest * math.prod(x.shape[:dim]) * math.prod(x.shape[dim + 1 :]) * x.itemsize
     group.traffic.add("all_gather", group.axis, num_bytes)
-    x = x.contiguous()
     try:
-        return group.through(x).all_gather(x, sizes, dim)
+        return (handle.on_cpu if x.is_cpu else handle.network).all_gather(x, sizes, dim)
     except RuntimeError as error:
         raise lost(error, "all_gather", group) from error
 
@@ -297,12 +300,13 @@ def reduce_scatter(x: Tensor, group: Group, sizes: Sequence[int], dim: int) -> T
 
     The gradient of `all_gather`. In shared memory it is bitwise a part of the `all_reduce`.
     """
-    if group.handle is None:
+    handle = group.handle
+    if handle is None:
         return x
-    front = (x.movedim(dim, 0) if dim else x).contiguous()
+    front = x.movedim(dim, 0) if dim else x
     group.traffic.add("reduce_scatter", group.axis, x.nbytes)
     try:
-        part = group.through(x).reduce_scatter(front, sizes)
+        part = (handle.on_cpu if x.is_cpu else handle.network).reduce_scatter(front, sizes)
     except RuntimeError as error:
         raise lost(error, "reduce_scatter", group) from error
     return part.movedim(0, dim) if dim else part

@@ -30,7 +30,8 @@ class Work(Protocol):
 
 
 class Transport(Protocol):
-    """A group's collectives on contiguous tensors; ranks are places in the group. Failures are RuntimeErrors."""
+    """A group's collectives; ranks are places in the group. Failures are RuntimeErrors. Tensors are contiguous, except
+    what is scattered or gathered."""
 
     def all_reduce(self, x: Tensor, op: str) -> None:
         """Reduces `x` in place by `sum` or `max`."""
@@ -109,7 +110,7 @@ class Hierarchy:
 
     def reduce_scatter(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """This rank's part of the whole sum, which every host gets."""
-        total = x.clone()
+        total = x.clone(memory_format=torch.contiguous_format)
         self.all_reduce(total, "sum")
         return total.split(list(sizes))[self.place].clone()
 

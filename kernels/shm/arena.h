@@ -79,6 +79,21 @@ struct Layout {
   uint32_t small_slot, large_slot, chunk;                               // bytes
 };
 
+// A number for each rank; those of few ranks cost no allocation.
+class Numbers {
+ public:
+  explicit Numbers(int n) {
+    if (n > int(sizeof few_ / sizeof *few_)) many_.resize(n), data_ = many_.data();
+  }
+  Numbers(const Numbers&) = delete;
+  uint64_t& operator[](int i) { return data_[i]; }
+  const uint64_t* data() const { return data_; }
+
+ private:
+  uint64_t few_[33], *data_ = few_;
+  std::vector<uint64_t> many_;
+};
+
 struct Arena {
   Arena(int fd, int rank, int size, double timeout_s);
   ~Arena();

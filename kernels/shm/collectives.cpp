@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 namespace {
 
@@ -171,34 +172,36 @@ int all_reduce(Arena* arena, uint8_t* x, uint64_t items, int type) {
 
 int reduce_scatter(Arena* arena, const uint8_t* x, uint8_t* out, const uint64_t* rows, uint64_t row_bytes, int type) {
   Arena& a = *arena;
-  std::vector<uint64_t> sizes(a.n), starts(a.n + 1), places(a.n);
-  for (int r = 0; r < a.n; r++) sizes[r] = rows[r] * row_bytes;
-  for (int r = 0; r < a.n; r++) starts[r + 1] = starts[r] + sizes[r];
-  const bool large = starts[a.n] > a.layout.small_slot;
+  const uint64_t bytes = std::accumulate(rows, rows + a.n, uint64_t(0)) * row_bytes;
+  const uint64_t mine = rows[a.me] * row_bytes, longest = *std::max_element(rows, rows + a.n) * row_bytes;
+  const bool large = bytes > a.layout.small_slot;
   const uint64_t part = large ? a.layout.chunk / a.n / 64 * 64 : a.layout.small_slot;
-  for (int r = 0; r < a.n; r++) places[r] = large ? r * part : starts[r];
-  const uint64_t steps = std::max<uint64_t>(1, ceil_div(*std::max_element(sizes.begin(), sizes.end()), part));
-  Call call(a, mixed(mixed(REDUCE_SCATTER, uint64_t(type)), sizes.data(), a.n), large);
+  const uint64_t steps = std::max<uint64_t>(1, ceil_div(longest, part));
+  Numbers starts(a.n + 1);
+  starts[0] = 0;
+  for (int r = 0; r < a.n; r++) starts[r + 1] = starts[r] + rows[r] * row_bytes;
+  const auto place = [&](int r) { return large ? r * part : starts[r]; };
+  Call call(a, mixed(mixed(mixed(REDUCE_SCATTER, uint64_t(type)), row_bytes), rows, a.n), large);
   if (int error = call.begin()) return error;
   if (a.crowded() && !large) {
-    const int error = reduce_by_one(call, a, type, x, starts[a.n]);
-    if (error == OK) std::memcpy(out, call.slot(0, 0) + starts[a.me], sizes[a.me]);
+    const int error = reduce_by_one(call, a, type, x, bytes);
+    if (error == OK) std::memcpy(out, call.slot(0, 0) + starts[a.me], mine);
     return error;
   }
   for (uint64_t t = 0; t <= steps; t++) {
     if (t < steps) {
       if (int error = call.reserve(t)) return error;
       for (int r = 0; r < a.n; r++) {
-        const Span s(sizes[r], part, t);
-        if (r != a.me) std::memcpy(call.own(t) + places[r], x + starts[r] + s.at, s.length);
+        const Span s(rows[r] * row_bytes, part, t);
+        if (r != a.me) std::memcpy(call.own(t) + place(r), x + starts[r] + s.at, s.length);
       }
       call.publish(t);
     }
     if (t == 0) continue;
     if (int error = call.wait_all(t - 1)) return error;
-    const Span s(sizes[a.me], part, t - 1);
+    const Span s(mine, part, t - 1);
     for (int r = 0; r < a.n; r++) {
-      a.sources[r] = r == a.me ? x + starts[r] + s.at : call.slot(r, t - 1) + places[a.me];
+      a.sources[r] = r == a.me ? x + starts[r] + s.at : call.slot(r, t - 1) + place(a.me);
     }
     reduce(type, a.sources.data(), a.n, out + s.at, nullptr, s.length);
   }
@@ -208,25 +211,27 @@ int reduce_scatter(Arena* arena, const uint8_t* x, uint8_t* out, const uint64_t*
 int all_gather(Arena* arena, const uint8_t* x, uint8_t* out, const uint64_t* sizes, uint64_t item_bytes,
                uint64_t count) {
   Arena& a = *arena;
-  std::vector<uint64_t> rows(a.n), starts(a.n + 1), parts(a.n);
-  for (int r = 0; r < a.n; r++) rows[r] = sizes[r] * item_bytes, parts[r] = count * rows[r];
-  for (int r = 0; r < a.n; r++) starts[r + 1] = starts[r] + rows[r];
+  Numbers starts(a.n + 1);
+  starts[0] = 0;
+  for (int r = 0; r < a.n; r++) starts[r + 1] = starts[r] + sizes[r] * item_bytes;
+  const auto part = [&](int r) { return count * sizes[r] * item_bytes; };
   // bytes [at, at + length) of a rank's part, to their places
   auto put = [&](int r, uint64_t at, uint64_t length, const uint8_t* from) {
+    const uint64_t row = sizes[r] * item_bytes;
     for (uint64_t end = at + length, some; at < end; at += some, from += some) {
-      some = std::min(end - at, rows[r] - at % rows[r]);
-      std::memcpy(out + at / rows[r] * starts[a.n] + starts[r] + at % rows[r], from, some);
+      some = std::min(end - at, row - at % row);
+      std::memcpy(out + at / row * starts[a.n] + starts[r] + at % row, from, some);
     }
   };
-  const uint64_t longest = *std::max_element(parts.begin(), parts.end());
+  const uint64_t longest = *std::max_element(sizes, sizes + a.n) * item_bytes * count;
   const bool large = longest > a.layout.small_slot;
   const uint64_t chunk = shared_chunk(a, large), steps = std::max<uint64_t>(1, ceil_div(longest, chunk));
-  Call call(a, mixed(mixed(ALL_GATHER, rows.data(), a.n), count), large);
+  Call call(a, mixed(mixed(mixed(ALL_GATHER, item_bytes), sizes, a.n), count), large);
   if (int error = call.begin()) return error;
   for (uint64_t t = 0; t <= steps; t++) {
     if (t < steps) {
       if (int error = call.reserve(t)) return error;
-      const Span s(parts[a.me], chunk, t);
+      const Span s(part(a.me), chunk, t);
       std::memcpy(call.own(t), x + s.at, s.length);
       call.publish(t);
       put(a.me, s.at, s.length, x + s.at);
@@ -235,7 +240,7 @@ int all_gather(Arena* arena, const uint8_t* x, uint8_t* out, const uint64_t* siz
     if (int error = call.wait_all(t - 1)) return error;
     for (int i = 1; i < a.n; i++) {
       const int r = (a.me + i) % a.n;
-      const Span s(parts[r], chunk, t - 1);
+      const Span s(part(r), chunk, t - 1);
       put(r, s.at, s.length, call.slot(r, t - 1));
     }
   }

@@ -45,13 +45,12 @@ bool read_below(PyObject* from, const char* what, int count, int& to) {
 }
 
 // One number for each rank, from a list or tuple.
-bool read(PyObject* from, int ranks, std::vector<uint64_t>& to) {
+bool read(PyObject* from, int ranks, Numbers& to) {
   const Py_ssize_t count = PySequence_Size(from);
   if (count != ranks) {
     if (count >= 0) PyErr_Format(PyExc_ValueError, "%zd sizes for %d ranks; give one for each", count, ranks);
     return false;
   }
-  to.resize(ranks);
   for (int r = 0; r < ranks; r++) {
     PyObject* const item = PySequence_GetItem(from, r);
     if (item == nullptr) return false;
@@ -62,7 +61,7 @@ bool read(PyObject* from, int ranks, std::vector<uint64_t>& to) {
   return true;
 }
 
-uint64_t sum(const std::vector<uint64_t>& sizes) { return std::accumulate(sizes.begin(), sizes.end(), uint64_t(0)); }
+uint64_t sum(const Numbers& of, int ranks) { return std::accumulate(of.data(), of.data() + ranks, uint64_t(0)); }
 
 bool is_length(const View& x, int dim, uint64_t wanted) {
   if (uint64_t(x.size(dim)) == wanted) return true;
@@ -102,11 +101,11 @@ PyObject* all_reduce_tensor(PyObject* self, PyObject* const* values, Py_ssize_t 
 PyObject* reduce_scatter_tensor(PyObject* self, PyObject* const* values, Py_ssize_t count) {
   Arena* const arena = arena_of(self);
   View x;
-  std::vector<uint64_t> sizes;
-  if (!has(count, 2) || !x.read(values[0]) || !read(values[1], arena->n, sizes)) return nullptr;
+  Numbers sizes(arena->n);
+  if (!has(count, 2) || !x.read_contiguous(values[0]) || !read(values[1], arena->n, sizes)) return nullptr;
   const int type = type_of(x, false);
   if (type < 0 || x.num_dims() == 0 || !x.is_contiguous()) return unsuitable();
-  if (!is_length(x, 0, sum(sizes))) return nullptr;
+  if (!is_length(x, 0, sum(sizes, arena->n))) return nullptr;
   Result out(x, 0, int64_t(sizes[arena->me]));
   const uint64_t row_bytes = x.items(1, x.num_dims()) * x.item_bytes();
   const int error =
@@ -118,11 +117,11 @@ PyObject* all_gather_tensor(PyObject* self, PyObject* const* values, Py_ssize_t 
   Arena* const arena = arena_of(self);
   View x;
   int dim;
-  std::vector<uint64_t> sizes;
-  if (!has(count, 3) || !x.read(values[0]) || !read(values[1], arena->n, sizes)) return nullptr;
+  Numbers sizes(arena->n);
+  if (!has(count, 3) || !x.read_contiguous(values[0]) || !read(values[1], arena->n, sizes)) return nullptr;
   if (!read_below(values[2], "dim", x.num_dims(), dim) || !is_length(x, dim, sizes[arena->me])) return nullptr;
   if (!x.is_contiguous()) return unsuitable();
-  Result out(x, dim, int64_t(sum(sizes)));
+  Result out(x, dim, int64_t(sum(sizes, arena->n)));
   const uint64_t item_bytes = x.items(dim + 1, x.num_dims()) * x.item_bytes(), rows = x.items(0, dim);
   const int error =
       without_lock([&] { return all_gather(arena, x.data(), out.data(), sizes.data(), item_bytes, rows); });
@@ -166,10 +165,10 @@ void destroy(PyObject* self) {
 PyObject* watch(PyObject* self, PyObject* arguments) {
   PyObject* pids;
   int crowded;
-  std::vector<uint64_t> numbers;
+  Numbers numbers(arena_of(self)->n);
   if (!PyArg_ParseTuple(arguments, "Op", &pids, &crowded)) return nullptr;
   if (!read(pids, arena_of(self)->n, numbers)) return nullptr;
-  const std::vector<int> of_ranks(numbers.begin(), numbers.end());
+  const std::vector<int> of_ranks(numbers.data(), numbers.data() + arena_of(self)->n);
   if (!arena_of(self)->watch(of_ranks.data(), crowded != 0)) return PyErr_SetFromErrno(PyExc_OSError);
   Py_INCREF(Py_None);
   return Py_None;

@@ -36,6 +36,13 @@ bool View::read(PyObject* tensor) {
   return torch->dltensor_from_py_object_no_sync(tensor, &t_) == 0;
 }
 
+bool View::read_contiguous(PyObject* tensor) {
+  if (!read(tensor)) return false;
+  if (is_contiguous() || t_.device.device_type != kDLCPU) return true;
+  copy_ = PyObject_CallMethod(tensor, "contiguous", nullptr);
+  return copy_ != nullptr && read(copy_);
+}
+
 uint64_t View::items(int from, int to) const {
   uint64_t product = 1;
   for (int dim = from; dim < to; dim++) product *= uint64_t(t_.shape[dim]);
@@ -58,9 +65,11 @@ Result::Result(const View& like, int dim, int64_t size) {
   const int n = like.num_dims();
   const size_t head = (sizeof(DLManagedTensorVersioned) + 2 * n * sizeof(int64_t) + LINE - 1) / LINE * LINE;
   const uint64_t bytes = like.items(0, dim) * uint64_t(size) * like.items(dim + 1, n) * like.item_bytes();
-  void* const at = std::aligned_alloc(LINE, head + (bytes + LINE - 1) / LINE * LINE);
-  if (at == nullptr) throw std::bad_alloc();
-  block_.reset(new (at) DLManagedTensorVersioned{});
+  void* const memory = std::malloc(LINE + head + bytes);  // aligned_alloc takes the long way through its heap each time
+  if (memory == nullptr) throw std::bad_alloc();
+  const uint64_t at = (reinterpret_cast<uint64_t>(memory) + LINE - 1) / LINE * LINE;
+  block_.reset(new (reinterpret_cast<void*>(at)) DLManagedTensorVersioned{});
+  block_->manager_ctx = memory;
   const auto shape = reinterpret_cast<int64_t*>(block_.get() + 1), strides = shape + n;
   int64_t stride = 1;
   for (int i = n - 1; i >= 0; i--) {
@@ -69,8 +78,8 @@ Result::Result(const View& like, int dim, int64_t size) {
     stride *= shape[i];
   }
   block_->version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION};
-  block_->deleter = [](DLManagedTensorVersioned* self) { std::free(self); };
-  block_->dl_tensor = {static_cast<uint8_t*>(at) + head, {kDLCPU, 0}, n, like.dtype(), shape, strides, 0};
+  block_->deleter = [](DLManagedTensorVersioned* self) { std::free(self->manager_ctx); };
+  block_->dl_tensor = {reinterpret_cast<uint8_t*>(at + head), {kDLCPU, 0}, n, like.dtype(), shape, strides, 0};
 }
 
 PyObject* Result::release() {

@@ -16,7 +16,12 @@ bool find_torch();
 // What a tensor is, while somebody holds it.
 class View {
  public:
-  bool read(PyObject* tensor);  // false: Python's error says why
+  View() = default;
+  View(const View&) = delete;
+  ~View() { Py_XDECREF(copy_); }
+
+  bool read(PyObject* tensor);             // false: Python's error says why
+  bool read_contiguous(PyObject* tensor);  // a copy of one with gaps
 
   uint8_t* data() const { return static_cast<uint8_t*>(t_.data) + t_.byte_offset; }
   int num_dims() const { return t_.ndim; }
@@ -30,6 +35,7 @@ class View {
 
  private:
   DLTensor t_;
+  PyObject* copy_ = nullptr;
 };
 
 // A new contiguous tensor like `like`, with `size` at `dim`.
@@ -41,7 +47,7 @@ class Result {
 
  private:
   struct Free {
-    void operator()(DLManagedTensorVersioned* block) const { std::free(block); }
+    void operator()(DLManagedTensorVersioned* block) const { std::free(block->manager_ctx); }
   };
   std::unique_ptr<DLManagedTensorVersioned, Free> block_;
 };

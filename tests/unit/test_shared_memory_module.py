@@ -22,14 +22,14 @@ Arena = shared_memory.load()
 pytestmark = needs_shared_memory
 
 
-def group(name: str) -> list:
-    """Two places of one group, in one process."""
+def group(name: str, size: int = 2) -> list:
+    """The places of one group, in one process."""
     assert Arena is not None
     fd = os.memfd_create(name)
-    arenas = [Arena(os.dup(fd), place, 2, 5.0) for place in range(2)]
+    arenas = [Arena(os.dup(fd), place, size, 5.0) for place in range(size)]
     os.close(fd)
     for arena in arenas:
-        arena.watch([os.getpid()] * 2, False)
+        arena.watch([os.getpid()] * size, size > 2)
     return arenas
 
 
@@ -89,10 +89,10 @@ def test_wrong_arguments_are_errors_and_nothing_happens(pair: list) -> None:
     assert [pair[0].send(x, 1), pair[1].receive(x, 0)] == [0, 0]
 
 
-def both(call: Callable[[int], Tensor]) -> list[Tensor]:
-    """What the two places get, each in a thread of its own."""
-    with ThreadPoolExecutor(2) as threads:
-        return list(threads.map(call, range(2)))
+def both(call: Callable[[int], Tensor], size: int = 2) -> list[Tensor]:
+    """What the places get, each in a thread of its own."""
+    with ThreadPoolExecutor(size) as threads:
+        return list(threads.map(call, range(size)))
 
 
 def test_results_are_tensors_like_any_other(pair: list) -> None:
@@ -115,6 +115,24 @@ def test_results_are_tensors_like_any_other(pair: list) -> None:
     (part * part).sum().backward()
     assert part.grad is not None and torch.equal(part.grad, 2 * part)
     assert part.data_ptr() % 64 == 0 and part.is_contiguous() and not part.is_inference()
+
+
+@pytest.mark.parametrize("rows", [1, 700])  # in one step and in several
+def test_many_ranks_gather_and_scatter(rows: int) -> None:
+    """Some of them have nothing; tensors with gaps are taken as well."""
+    size = 40
+    places = group("onemesh-many", size)
+    sizes = [rows * (place % 3) for place in range(size)]
+    parts = [torch.randn(16, length).t() for length in sizes]
+    whole = torch.cat(parts)
+    for found in both(lambda place: places[place].all_gather(parts[place], sizes, 0), size):
+        assert torch.equal(found, whole)
+    total = whole.clone()
+    for _ in range(size - 1):
+        total += whole
+    scattered = both(lambda place: places[place].reduce_scatter(whole.t().contiguous().t(), sizes), size)
+    for found, expected in zip(scattered, total.split(sizes), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_results_are_given_back(pair: list) -> None:
