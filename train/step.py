@@ -15,7 +15,7 @@ from kernels.master import packs_kept
 from parallel import comm
 from parallel.adapters.prefix import StepPrefix
 from parallel.gradients import Gradients
-from parallel.pipeline import plan, run
+from parallel.pipeline import run, schedules
 from parallel.randomness import DropoutKey
 from train.batches import Microbatch, microbatches, packs
 from train.data import Dataset, Row
@@ -113,7 +113,7 @@ class Trainer:
         """Accumulates the gradient of `scale` times the loss's sum; returns that sum over all ranks."""
         model, pipeline = self.model, self.mesh.pipeline
         step_prefix = None if model.prefix is None else StepPrefix.begin(model.prefix)
-        schedule = plan.make(self.config.parallel.schedule, pipeline.size, len(batches))
+        schedule = schedules.make(self.config.parallel.schedule, pipeline.size, len(batches))
 
         def forward(m: int, hidden: Tensor | None) -> Tensor:
             batch = batches[m]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from conf.load import load
 from conf.schema import ConfigError
-from parallel.pipeline.plan import Plan, Span, bubble, in_flight, in_flight_peak, make, timeline
-
-FORWARD, BACKWARD = 1.0, 2.0
+from parallel.pipeline.plan import Plan
+from parallel.pipeline.schedules import make
+from parallel.pipeline.timeline import Span, bubble, in_flight, in_flight_peak, timeline
 
 FILL = {"F": "#5b8ff9", "B": "#f6a04d"}
 IDLE, INK, IN_FLIGHT = "#eef0f3", "#1f2933", "#8a94a6"
@@ -36,7 +36,7 @@ def summary(plan: Plan) -> tuple[str, str]:
     formula = (plan.stages - 1) / (plan.microbatches + plan.stages - 1)
     peaks = " ".join(map(str, in_flight_peak(plan)))
     return (
-        f"bubble {bubble(plan, FORWARD, BACKWARD):.1%} of the ranks' time ((p-1)/(m+p-1) = {formula:.1%})",
+        f"bubble {bubble(plan):.1%} of the ranks' time ((p-1)/(m+p-1) = {formula:.1%})",
         f"in-flight peak, microbatches per rank: {peaks}",
     )
 
@@ -45,7 +45,7 @@ def terminal(plan: Plan) -> str:
     """The schedule as text, one line per rank, a dot where it is idle: `rank 1 | .. F0 F1 B0---`."""
     width = len(str(plan.microbatches - 1)) + 2
     lines: list[str] = []
-    for rank, row in enumerate(timeline(plan, FORWARD, BACKWARD)):
+    for rank, row in enumerate(timeline(plan)):
         text = ""
         for span in row:
             text += ("." * (width - 1) + " ") * round(span.start - len(text) / width)
@@ -57,7 +57,7 @@ def terminal(plan: Plan) -> str:
 
 def svg(plan: Plan, title: str) -> str:
     """The schedule as an SVG document: numbered blocks, in-flight steps and their peak per rank, a legend."""
-    rows = timeline(plan, FORWARD, BACKWARD)
+    rows = timeline(plan)
     end = max(row[-1].end for row in rows)
     unit = max(NARROWEST_UNIT, min(WIDEST_UNIT, (WIDTH - LEFT - RIGHT) / end))
     pitch = BLOCK + STEPS + GAP
@@ -88,7 +88,7 @@ def png(plan: Plan, title: str, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    rows = timeline(plan, FORWARD, BACKWARD)
+    rows = timeline(plan)
     end = max(row[-1].end for row in rows)
     peaks = in_flight_peak(plan)
     figure = Figure(figsize=(min(100.0, 3.0 + 0.35 * end), 1.6 + 0.55 * plan.stages), layout="constrained")

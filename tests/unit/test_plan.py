@@ -1,25 +1,17 @@
 """Pipeline plans: the textbook schedules, their proven properties, and what `verify` refuses."""
 
 from itertools import pairwise
+from typing import cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.schema import ConfigError
-from parallel.pipeline.plan import (
-    SCHEDULES,
-    Action,
-    Plan,
-    PlanError,
-    bubble,
-    gpipe,
-    in_flight_peak,
-    make,
-    one_f_one_b,
-    timeline,
-    verify,
-)
+from parallel.pipeline.plan import Action, Kind, Placement, Plan, PlanError
+from parallel.pipeline.schedules import SCHEDULES, gpipe, make, one_f_one_b
+from parallel.pipeline.timeline import Costs, bubble, in_flight_peak, timeline
+from parallel.pipeline.verify import verify
 
 schedules = st.sampled_from(sorted(SCHEDULES))
 stages = st.integers(1, 9)
@@ -31,12 +23,12 @@ def row(text: str) -> tuple[Action, ...]:
     actions: list[Action] = []
     for word in text.split():
         number, _, chunk = word[1:].partition("/")
-        actions.append(Action("F" if word[0] == "F" else "B", int(number), int(chunk or 0)))
+        actions.append(Action(cast(Kind, word[0]), int(number), int(chunk or 0)))
     return tuple(actions)
 
 
-def plan(rows: list[str], microbatches: int, chunks: int = 1) -> Plan:
-    return Plan(len(rows), chunks, microbatches, tuple(row(text) for text in rows))
+def plan(rows: list[str], microbatches: int, chunks: int = 1, placement: Placement = "loop") -> Plan:
+    return Plan(len(rows), chunks, microbatches, tuple(row(text) for text in rows), placement)
 
 
 def test_one_f_one_b_is_the_published_schedule() -> None:
@@ -70,7 +62,8 @@ def test_in_flight_peaks(p: int, m: int) -> None:
 
 @given(schedules, stages, microbatches, st.floats(0.1, 10.0), st.floats(0.1, 10.0))
 def test_bubble_has_the_closed_form(schedule: str, p: int, m: int, forward: float, backward: float) -> None:
-    assert bubble(make(schedule, p, m), forward, backward) == pytest.approx((p - 1) / (m + p - 1), abs=1e-12)
+    costs = Costs(forward, input=backward / 2, weight=backward / 2)
+    assert bubble(make(schedule, p, m), costs) == pytest.approx((p - 1) / (m + p - 1), abs=1e-12)
 
 
 @given(schedules, stages, microbatches)
@@ -98,9 +91,40 @@ def test_chunks_wrap_around_from_the_last_rank_to_the_first() -> None:
     assert bubble(interleaved) == pytest.approx(0.5)
 
 
+def test_a_vee_turns_on_the_last_rank_and_split_backwards_pass_gradients_on() -> None:
+    vee = plan(["F0 F0/1 I0/1 I0 W0/1 W0", "F0 F0/1 B0/1 I0 W0"], 1, chunks=2, placement="vee")
+    verify(vee)
+    assert [vee.place(v) for v in range(4)] == [(0, 0), (1, 0), (1, 1), (0, 1)]
+    assert vee.target(1, Action("F", 0)) == (1, Action("F", 0, 1))
+    assert vee.source(0, Action("F", 0, 1)) == (1, Action("F", 0, 1))
+    assert vee.target(0, Action("I", 0, 1)) == (1, Action("B", 0, 1))
+    assert vee.source(1, Action("B", 0, 1)) == (0, Action("I", 0, 1))
+    assert vee.target(1, Action("B", 0, 1)) == (1, Action("I", 0))
+    assert vee.source(0, Action("W", 0)) is None and vee.target(0, Action("W", 0)) is None
+    assert in_flight_peak(vee) == (2, 2)
+    assert bubble(vee) == pytest.approx(1 - 12 / 22)
+
+
+@given(st.integers(1, 8), st.integers(1, 4), st.sampled_from(["loop", "vee"]))
+def test_place_is_the_inverse_of_virtual_stage(p: int, chunks: int, placement: Placement) -> None:
+    chunks = 2 if placement == "vee" else chunks
+    made = Plan(p, chunks, 1, (), placement)
+    for v in range(p * chunks):
+        rank, chunk = made.place(v)
+        assert made.virtual_stage(rank, Action("F", 0, chunk)) == v
+    assert len({made.place(v) for v in range(p * chunks)}) == p * chunks
+
+
 @pytest.mark.parametrize(
     ("rows", "m", "message"),
     [
+        (["F0 I0"], 1, "rank 0 never runs W0"),
+        (["F0 W0"], 1, "rank 0 never runs I0"),
+        (["F0 B0 W0"], 1, "rank 0 runs B0 and also W0, a part of it"),
+        (["F0 W0 I0"], 1, "rank 0 runs W0 before I0"),
+        (["I0 F0 W0"], 1, "rank 0 runs I0 before F0"),
+        (["F0 F1 I0 B1 W0"], 2, "rank 0 runs the weight gradients of chunk 0 in the order [1, 0], not 0..m-1"),
+        (["F0 F1 I1 I0 W0 W1"], 2, "rank 0 runs the backwards of chunk 0 in the order [1, 0], not 0..m-1"),
         (["F0 F1 B0"], 2, "rank 0 never runs B1"),
         (["F0 F0 B0"], 1, "rank 0 runs F0 2 times"),
         (["F0 B0 F1"], 1, "rank 0 has F1, which a plan of 1 microbatches and 1 chunks does not know"),
@@ -128,6 +152,11 @@ def test_verify_refuses(rows: list[str], m: int, message: str) -> None:
 def test_verify_refuses_a_missing_rank() -> None:
     with pytest.raises(PlanError, match="a plan for 2 stages has actions for 1 ranks"):
         verify(Plan(2, 1, 1, (row("F0 B0"),)))
+
+
+def test_verify_refuses_a_vee_of_three_chunks() -> None:
+    with pytest.raises(PlanError, match="a vee has 2 chunks per rank, not 3"):
+        verify(plan(["F0 F0/1 F0/2 B0/2 B0/1 B0"], 1, chunks=3, placement="vee"))
 
 
 @given(schedules, st.integers(2, 5), st.integers(2, 6), st.data())

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from parallel.pipeline import plan as plan_module
-from parallel.pipeline.plan import gpipe, make, one_f_one_b
+from parallel.pipeline import schedules
+from parallel.pipeline.schedules import gpipe, make, one_f_one_b
 from parallel.pipeline.show import main, svg, terminal
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -15,7 +15,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 def test_the_pictures_in_the_docstring_are_the_schedules(schedule: str) -> None:
     picture = "\n".join("    " + line for line in terminal(make(schedule, 4, 4)).splitlines())
-    assert f"    {schedule}\n{picture}\n" in (plan_module.__doc__ or "")
+    assert f"    {schedule}\n{picture}\n" in (schedules.__doc__ or "")
 
 
 def test_terminal_columns_line_up_when_numbers_have_two_digits() -> None:
