@@ -13,6 +13,11 @@ With one chunk a virtual stage is a rank. The backward of a (microbatch, chunk) 
 gradients of its weights, for which nobody waits (arXiv:2401.10241, sec. 2).
 
 Every rank adds the gradients of a chunk in the order of microbatches 0..m-1, so all schedules agree bitwise.
+
+Messages of one rank to another arrive in the order they were sent (`arrivals`), which need not be the order in
+which they are used: between two ranks that are neighbours in two places of the model, one may be overtaken by the
+next. A rank that needs a message takes the ones before it too and keeps them. So nobody needs tags, and no order
+of actions is wrong as long as somebody can always go on.
 `schedules` makes plans, `verify` proves that they run, `timeline` says when, `show` draws them.
 """
 
@@ -77,6 +82,16 @@ class Plan:
     def target(self, rank: int, action: Action) -> tuple[int, Action] | None:
         """The (rank, action) that needs the action's result; None where the model ends or begins, and for a W."""
         return self._neighbour(rank, action, 1 if action.kind == "F" else -1)
+
+    def arrivals(self, rank: int) -> dict[int, tuple[Action, ...]]:
+        """Other rank -> the actions of `rank` that its messages are for, in the order in which it sends them."""
+        found: dict[int, tuple[Action, ...]] = {}
+        for sender, row in enumerate(self.actions):
+            targets = [self.target(sender, action) for action in row] if sender != rank else []
+            mine = tuple(target[1] for target in targets if target is not None and target[0] == rank)
+            if mine:
+                found[sender] = mine
+        return found
 
     def _neighbour(self, rank: int, action: Action, step: int) -> tuple[int, Action] | None:
         other = self.virtual_stage(rank, action) + step
