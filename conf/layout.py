@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from conf.convert import show
 from conf.schema import Architecture, Config, ParallelConf
@@ -64,23 +67,69 @@ def fits(parallel: ParallelConf, architecture: Architecture) -> list[str]:
     return problems
 
 
-def balanced_stages(architecture: Architecture, pipeline: int) -> tuple[int, ...]:
-    """Layers per stage such that the largest stage, in weights read per token, is as small as can be.
+def balanced_stages(
+    architecture: Architecture, pipeline: int, chunks: int = 1, placement: Literal["loop", "vee"] = "loop"
+) -> tuple[int, ...]:
+    """Layers per virtual stage, in the order of the model: `pipeline * chunks` counts, each at least one.
 
-    The last stage also runs the head, which weighs several layers in a small model; lookups are free.
-    Each stage gets a layer; each further one goes to the stage that is smallest then, the first of equals.
+    The heaviest rank, in weights read per token over its chunks, is as light as can be, and with that the heaviest
+    virtual stage. The last one also runs the head, which weighs several layers in a small model; lookups are free.
+    `placement` says which virtual stages a rank has, as in `parallel.pipeline.plan`.
     """
     a = architecture
     attention = a.width * a.head_dim * 2 * (a.num_heads + a.num_kv_heads)
     layer = attention + 3 * a.width * a.ffn_width
-    weights = [layer] * pipeline
-    weights[-1] += a.vocab_size * a.width
-    counts = [1] * pipeline
-    for _ in range(a.num_layers - pipeline):
-        smallest = weights.index(min(weights))
-        weights[smallest] += layer
-        counts[smallest] += 1
+    ranks = [
+        pipeline - 1 - v % pipeline if placement == "vee" and v >= pipeline else v % pipeline
+        for v in range(pipeline * chunks)
+    ]
+    return balanced(a.num_layers, layer, [0] * (len(ranks) - 1) + [a.vocab_size * a.width], ranks)
+
+
+def balanced(layers: int, layer: float, extras: Sequence[float], ranks: Sequence[int]) -> tuple[int, ...]:
+    """Layers per virtual stage, at least one each: the lightest heaviest rank, then the lightest heaviest stage.
+
+    A further layer goes to the lightest rank that has room, the first of equals, and there to its lightest stage.
+
+    Args:
+        layers: how many there are, at least one per virtual stage.
+        layer: what one weighs, above 0.
+        extras: what each virtual stage weighs besides its layers (embedding, head).
+        ranks: the rank that holds each virtual stage, 0 and up.
+    """
+    of_rank = [[v for v, holder in enumerate(ranks) if holder == rank] for rank in range(max(ranks) + 1)]
+    more = layers - len(ranks)
+    rank_base = [sum(extras[v] + layer for v in stages) for stages in of_rank]
+    rank_room = _rooms(rank_base, layer, more, lambda rooms: sum(rooms))
+    stage_room = _rooms(
+        [extra + layer for extra in extras],
+        layer,
+        more,
+        lambda rooms: sum(
+            min(room, sum(rooms[v] for v in stages)) for room, stages in zip(rank_room, of_rank, strict=True)
+        ),
+    )
+    counts = [1] * len(ranks)
+    for _ in range(more):
+        open_stages = [[v for v in stages if counts[v] <= stage_room[v]] for stages in of_rank]
+        taken = [sum(counts[v] - 1 for v in stages) for stages in of_rank]
+        rank = min(
+            (r for r in range(len(of_rank)) if open_stages[r] and taken[r] < rank_room[r]),
+            key=lambda r: rank_base[r] + layer * taken[r],
+        )
+        counts[min(open_stages[rank], key=lambda v: extras[v] + layer * counts[v])] += 1
     return tuple(counts)
+
+
+def _rooms(bases: Sequence[float], layer: float, more: int, holds: Callable[[Sequence[int]], int]) -> list[int]:
+    """Layers that fit on each base under the lowest limit with which all `more` find room."""
+    limits = sorted({base + layer * count for base in bases for count in range(more + 1)})
+    low, high = bisect_left(limits, max(bases)), len(limits) - 1
+    while low < high:
+        middle = (low + high) // 2
+        rooms = [int((limits[middle] - base) / layer + 1e-9) for base in bases]
+        low, high = (low, middle) if holds(rooms) >= more else (middle + 1, high)
+    return [int((limits[low] - base) / layer + 1e-9) for base in bases]
 
 
 def microbatches(config: Config) -> int:
