@@ -19,6 +19,7 @@ microbatches in flight on every rank, 1F1B (PipeDream-Flush, Narayanan et al., a
 of them.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -115,13 +116,13 @@ def zbv(stages: int, microbatches: int) -> Plan:
         row.add(2 * (stages - rank) - 1, "F0")
         row.add(rank, "F1 F0")
         row.add(stages - rank, "F1 I1 W1")
-        left = made - row.done("F", 0)
+        left = made - row.done("F0")
         row.add(left, "F0 I0 W0 F1 I1 W1")
-        row.add(made - row.done("F", 1), "I0 W0 F1 I1 W1")
+        row.add(made - row.done("F1"), "I0 W0 F1 I1 W1")
         row.add(rank, "I0 I1")
         row.add(stages - rank, "I0 W0")
-        row.add(made - row.done("W", 1), "W1")
-        row.add(made - row.done("W", 0), "W0")
+        row.add(made - row.done("W1"), "W1")
+        row.add(made - row.done("W0"), "W0")
         rows.append(tuple(action for action in row.actions if action.microbatch < microbatches))
     return Plan(stages, 2, microbatches, tuple(rows), "vee")
 
@@ -131,15 +132,16 @@ class _Row:
 
     def __init__(self) -> None:
         self.actions: list[Action] = []
+        self._done: Counter[str] = Counter()
 
-    def done(self, kind: Kind, chunk: int) -> int:
-        return sum(action.kind == kind and action.chunk == chunk for action in self.actions)
+    def done(self, word: str) -> int:
+        return self._done[word]
 
     def add(self, times: int, pattern: str) -> None:
         """Appends a pattern such as "F0 I1" (a forward of chunk 0, an input gradient of chunk 1) some times."""
         for word in pattern.split() * times:
-            kind, chunk = cast(Kind, word[0]), int(word[1:])
-            self.actions.append(Action(kind, self.done(kind, chunk), chunk))
+            self.actions.append(Action(cast(Kind, word[0]), self._done[word], int(word[1:])))
+            self._done[word] += 1
 
 
 @dataclass(frozen=True, slots=True)
