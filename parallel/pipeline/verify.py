@@ -2,10 +2,9 @@
 
 from collections import Counter
 
-from parallel.pipeline.plan import Action, Kind, Plan, PlanError
+from parallel.pipeline.plan import KINDS, Action, Plan, PlanError
 from parallel.pipeline.timeline import timeline
 
-KINDS: tuple[Kind, ...] = ("F", "B", "I", "W")
 LISTED = 8
 """Missing actions that a message names."""
 
