@@ -15,6 +15,7 @@ from parallel.pipeline.svg import svg
 from parallel.pipeline.text import read
 from parallel.pipeline.timeline import UNIT, Costs, Span
 
+PICTURES = Path(__file__).parents[2] / "docs" / "pictures"
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -156,6 +157,12 @@ def test_command_writes_and_draws_schedule_files(tmp_path: Path, capsys: pytest.
     file.write_text("F0 B0\nB0 F0\n")
     assert main([f"file={file}"]) == 2
     assert capsys.readouterr().err == f"{file}: rank 1 runs B0 before F0\n"
+
+
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+def test_pictures_of_the_guide_are_the_schedules(schedule: str, tmp_path: Path) -> None:
+    assert main([f"schedule={schedule}", "stages=4", "microbatches=8", f"out={tmp_path / 'x.svg'}"]) == 0
+    assert (tmp_path / "x.svg").read_text() == (PICTURES / f"{schedule}.svg").read_text()
 
 
 def test_command_without_out_draws_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
