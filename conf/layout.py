@@ -89,7 +89,8 @@ def balanced_stages(
 def balanced(layers: int, layer: float, extras: Sequence[float], ranks: Sequence[int]) -> tuple[int, ...]:
     """Layers per virtual stage, at least one each: the lightest heaviest rank, then the lightest heaviest stage.
 
-    A further layer goes to the lightest rank that has room, the first of equals, and there to its lightest stage.
+    A further layer goes to the lightest rank with a stage that may still grow, the first of equals, and there to the
+    lightest such stage. (That alone keeps ranks under their limit: if the lightest had no room, none would.)
 
     Args:
         layers: how many there are, at least one per virtual stage.
@@ -110,14 +111,16 @@ def balanced(layers: int, layer: float, extras: Sequence[float], ranks: Sequence
         ),
     )
     counts = [1] * len(ranks)
+    weights = [extra + layer for extra in extras]
     for _ in range(more):
         open_stages = [[v for v in stages if counts[v] <= stage_room[v]] for stages in of_rank]
-        taken = [sum(counts[v] - 1 for v in stages) for stages in of_rank]
         rank = min(
-            (r for r in range(len(of_rank)) if open_stages[r] and taken[r] < rank_room[r]),
-            key=lambda r: rank_base[r] + layer * taken[r],
+            (rank for rank, stages in enumerate(open_stages) if stages),
+            key=lambda rank: sum(weights[v] for v in of_rank[rank]),
         )
-        counts[min(open_stages[rank], key=lambda v: extras[v] + layer * counts[v])] += 1
+        lightest = min(open_stages[rank], key=lambda v: weights[v])
+        counts[lightest] += 1
+        weights[lightest] += layer
     return tuple(counts)
 
 

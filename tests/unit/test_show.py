@@ -87,6 +87,8 @@ def test_a_measured_run_stands_below_the_plan_on_the_same_width(tmp_path: Path) 
     assert [text.text for text in root.iter(f"{SVG}text") if text.get("font-weight")] == ["title", "run <1>"]
     idle = [rect for rect in root.iter(f"{SVG}rect") if rect.get("fill") == "#eef0f3" and rect.get("height") == "26"]
     assert len(idle) == 4 and len({rect.get("width") for rect in idle}) == 1
+    lefts = sorted({float(rect.get("x", 0)) for rect in root.iter(f"{SVG}rect") if rect.get("fill") == COLOURS["F"]})
+    assert lefts[0] == float(idle[0].attrib["x"]) and len(lefts) == 3  # the run's clock starts with its first action
     png([plan, below], tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
