@@ -36,8 +36,8 @@ from parallel.hierarchy import Hierarchy, Work, by_rows
 __all__ = [
     "Group", "Launch", "PeerLost", "Pending", "Traffic",
     "all_gather", "all_reduce", "all_reduce_start", "all_to_all", "barrier", "broadcast", "broadcast_bytes", "device",
-    "direct_sum", "disagreements", "new_handle", "receive", "reduce_scatter", "send_start", "start", "stop",
-    "sum_in_rank_order", "tell",
+    "direct_sum", "disagreements", "new_handle", "receive", "receive_start", "reduce_scatter", "send_start", "start",
+    "stop", "sum_in_rank_order", "tell",
 ]  # fmt: skip
 
 
@@ -223,6 +223,10 @@ class Network:
         """Begins receiving into `x`."""
         return dist.irecv(x, self.ranks[source], group=self.group)
 
+    def receive_start(self, x: Tensor, source: int) -> Work | None:
+        """As `receive`."""
+        return self.receive(x, source)
+
 
 def sum_in_rank_order(x: Tensor, group: Group) -> Tensor:
     """Sums contiguous `x` in place and returns it; the bits of an entry don't depend on its place in `x`.
@@ -386,6 +390,16 @@ def receive(x: Tensor, group: Group, source: int) -> None:
             work.wait()
     except RuntimeError as error:
         raise lost(error, "receive", group, source) from error
+
+
+def receive_start(x: Tensor, group: Group, source: int) -> Pending:
+    """Begins receiving the next message of the group's rank `source` into contiguous `x`, which is there after `wait`.
+
+    Messages of one rank are waited for in the order in which they were asked for. Between hosts a message travels from
+    now on; through shared memory it lies there anyway and is copied when it is waited for.
+    """
+    work = named("receive", group, group.through(x).receive_start, x, source, peer=source)
+    return Pending("receive", group, work, None, source)
 
 
 def disagreements(facts: Mapping[str, str], group: Group) -> list[str]:
