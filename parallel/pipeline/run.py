@@ -1,8 +1,9 @@
 """Runs any pipeline plan: computes, sends activations forward and gradients back, in the plan's order.
 
 A rank takes another one's messages in the order in which the plan sends them (`Plan.arrivals`), so nothing needs a tag;
-one that comes before it is needed is kept. What the next action needs is asked for while the action before it computes.
-Where the next chunk is on the same rank its input is handed over without a copy.
+one that comes before it is needed is kept. What the next action needs is asked for while the action before it computes;
+on GPUs, where messages of a rank wait for each other, together with the sending of that action's result. Where the next
+chunk is on the same rank its input is handed over without a copy.
 
     F  forward of a chunk; of its output stays what autograd saved and the node to begin the backward pass at
     B  whole backward
@@ -98,13 +99,18 @@ class _Mail:
     """By sender, in the order in which they come."""
     _here: dict[Action, Tensor] = field(default_factory=dict)
     """What came before it was needed."""
+    _in_turn: bool = field(init=False)
+    """Whether messages wait for those that were begun before, as NCCL's do."""
     _local: dict[Action, Tensor] = field(default_factory=dict)
     """Results of this rank for itself."""
     _sent: dict[Action, Pending] = field(default_factory=dict)
     """Sends under way, by the action whose result they carry."""
+    _at: int = 0
+    """Place of the action after the one that runs."""
 
     def __post_init__(self) -> None:
         me = self.pipeline.rank
+        self._in_turn = self.border.device.type != "cpu"
         sources = [(action, self.plan.source(me, action)) for action in self.plan.actions[me]]
         self._needed = deque((action, found[0]) for action, found in sources if found is not None and found[0] != me)
         self._arrivals = {sender: deque(actions) for sender, actions in self.plan.arrivals(me).items()}
@@ -112,6 +118,7 @@ class _Mail:
     def take(self, action: Action) -> Tensor | None:
         """What the action needs of another chunk, None at the model's ends; then asks for the next message."""
         me = self.pipeline.rank
+        self._at += 1
         source = self.plan.source(me, action)
         if source is None:
             return None
@@ -126,7 +133,8 @@ class _Mail:
         x = self._here.pop(action)
         if action.kind != "F" and (sent := self._sent.pop(Action("F", action.microbatch, action.chunk), None)):
             sent.wait()  # it has arrived, as its gradient shows; its buffer is free
-        self._ask()
+        if not self._in_turn:
+            self._ask()
         return x
 
     def _ask(self) -> None:
@@ -148,9 +156,23 @@ class _Mail:
         if target[0] == self.pipeline.rank:
             self._local[target[1]] = x
             return
+        if self._in_turn and self._exchanges(x.contiguous(), target[0]):
+            return
         pending = comm.send_start(x.contiguous(), self.pipeline, target[0])
         if pending.work is not None:
             self._sent[action] = pending
+
+    def _exchanges(self, x: Tensor, to: int) -> bool:
+        """Sends x and asks for what the very next action needs, if that is its sender's next message; else neither."""
+        row = self.plan.actions[self.pipeline.rank]
+        if not self._needed or self._at == len(row) or self._needed[0][0] != row[self._at]:
+            return False
+        action, sender = self._needed[0]
+        if not self._arrivals[sender] or self._arrivals[sender][0] != action:
+            return False
+        y = self.border.empty(self._arrivals[sender].popleft().microbatch)
+        self._asked[sender].append((action, y, comm.exchange_start(x, to, y, sender, self.pipeline)))
+        return True
 
     def finish(self) -> None:
         """Waits until everything is sent."""

@@ -13,8 +13,9 @@ from kernels import dispatch
 from kernels.master import Master
 from parallel.comm import Launch
 from parallel.mesh import Mesh
+from parallel.pipeline import run as runner
 from parallel.pipeline.plan import Action, Placement, Plan
-from parallel.pipeline.run import Border, run
+from parallel.pipeline.run import Border
 from parallel.pipeline.verify import verify
 from tests.dist.test_training_parity import TUNES, alone, assert_equal, assert_same
 from tests.random_plans import random_plan
@@ -85,7 +86,9 @@ def test_an_input_gradient_leaves_the_weights_alone() -> None:
         seen.append((action.kind, None if w.grad is None else w.grad.clone()))
 
     border = Border([(4, 5)], torch.float32, torch.device("cpu"))
-    run(plan, Mesh().pipeline, lambda *_: ops.linear(x, w).square().sum(), border=border, weights=[[w]], note=note)
+    runner.run(
+        plan, Mesh().pipeline, lambda *_: ops.linear(x, w).square().sum(), border=border, weights=[[w]], note=note
+    )
     assert [kind for kind, _ in seen] == ["F", "I", "W"]
     assert [grad is None for _, grad in seen] == [True, True, False]
     assert w.left == 0
@@ -96,13 +99,24 @@ def test_an_input_gradient_leaves_the_weights_alone() -> None:
     assert torch.equal(seen[-1][1], again.grad)
 
 
-def _over_gloo(launch: Launch, run: Run) -> tuple[list[float], list[float]]:
+class _InTurn(runner._Mail):
+    """As where messages of a rank wait for each other."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._in_turn = True
+
+
+def _over_gloo(launch: Launch, run: Run, in_turn: bool) -> tuple[list[float], list[float]]:
     os.environ["ONEMESH_TRANSPORT"] = "gloo"
+    if in_turn:
+        runner._Mail = _InTurn  # in this process alone
     return train_rank(launch, run)[:2]
 
 
-def test_messages_over_the_network() -> None:
-    """There receives are under way before they are needed, and a send's buffer must last."""
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_messages_over_the_network(in_turn: bool) -> None:
+    """There receives are under way before they are needed, or together with a send; and a send's buffer must last."""
     run = drawn(2, 2, 2, 4, "vee")
     expected = train(run)
-    assert on_ranks(2, _over_gloo, run) == [(expected.losses, expected.norms)] * 2
+    assert on_ranks(2, _over_gloo, run, in_turn) == [(expected.losses, expected.norms)] * 2
