@@ -26,7 +26,7 @@ PLANNED: Mapping[str, tuple[str, ...]] = {
     "parallel.schedule": ("pipedream",),
     "parallel.context_method": ("all_gather", "ulysses"),
     "parallel.recompute": ("selective",),
-    "schedule": ("interleaved", "pipedream", "zero_bubble", "zbv"),
+    "schedule": ("pipedream",),
 }
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -339,10 +339,26 @@ class BenchConfig:
 class ShowConfig:
     """`parallel.pipeline.show`."""
 
-    schedule: Literal["gpipe", "1f1b"] = option("1f1b", "Schedule drawn.")
-    stages: int = option(4, "Pipeline stages.", FROM_1)
-    microbatches: int = option(8, "Microbatches.", FROM_1)
-    out: str | None = option(None, "Picture file (.svg, .png); default: the terminal.")
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "auto"] = option(
+        "1f1b", "Schedule drawn; auto: the fastest for these times.", needs=("file", (None,))
+    )
+    stages: int = option(4, "Pipeline stages.", FROM_1, needs=("file", (None,)))
+    microbatches: int = option(8, "Microbatches.", FROM_1, needs=("file", (None,)))
+    chunks: int | None = option(
+        None,
+        "Chunks of layers (virtual stages) per rank; default: the fewest of the schedule; with auto the most, 4.",
+        FROM_1,
+        needs=("file", (None,)),
+    )
+    most_in_flight: float | None = option(
+        None, "Microbatches whose activations a rank may keep.", ABOVE_0, needs=("schedule", ("auto",))
+    )
+    file: str | None = option(None, "Schedule to draw, as out=<name>.txt writes it.")
+    forward: float = option(1.0, "Time of the forward through a rank's layers.", ABOVE_0)
+    input: float = option(1.0, "Time of the gradient of their input.", FROM_0)
+    weight: float = option(1.0, "Time of the gradients of their weights.", FROM_0)
+    message: float = option(0.0, "Time until a result is at another rank.", FROM_0)
+    out: str | None = option(None, "Picture (.svg, .png) or schedule file (.txt); default: the terminal.")
 
 
 @dataclass(frozen=True, kw_only=True)

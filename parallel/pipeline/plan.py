@@ -27,6 +27,7 @@ from typing import Literal
 
 Kind = Literal["F", "B", "I", "W"]
 Placement = Literal["loop", "vee"]
+KINDS: tuple[Kind, ...] = ("F", "B", "I", "W")
 
 
 class PlanError(ValueError):

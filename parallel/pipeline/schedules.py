@@ -1,6 +1,6 @@
 """The schedules: pure functions from counts to a plan. Without torch.
 
-4 ranks and 4 microbatches, forward one unit and backward two:
+p stages, m microbatches, v chunks per rank. 4 microbatches on 4 ranks, forward one unit and backward two:
 
     gpipe
     rank 0 | F0 F1 F2 F3 .. .. .. .. .. .. .. .. .. B0--- B1--- B2--- B3---
@@ -16,9 +16,26 @@
 
 Both waste the share (p - 1) / (m + p - 1) of the ranks' time. GPipe (Huang et al., arXiv:1811.06965) keeps m
 microbatches in flight on every rank, 1F1B (PipeDream-Flush, Narayanan et al., arXiv:2006.09503) at most p - r
-of them.
+of them. With the backward in two parts of one unit each:
+
+    zero_bubble
+    rank 0 | F0 F1 F2 F3 .. .. .. I0 W0 I1 W1 I2 W2 I3 W3
+    rank 1 | .. F0 F1 F2 .. .. I0 F3 I1 W0 I2 W1 I3 W2 W3
+    rank 2 | .. .. F0 F1 .. I0 F2 I1 F3 I2 W0 I3 W1 W2 W3
+    rank 3 | .. .. .. F0 I0 F1 I1 F2 I2 F3 I3 W0 W1 W2 W3
+
+On 2 ranks of two chunks, 2 and 3 microbatches, each action half as long:
+
+    interleaved
+    rank 0 | F0   F1   F0/1 F1/1 .... .... B0/1----- .... B1/1----- B0------- B1-------
+    rank 1 | .... F0   F1   F0/1 B0/1----- F1/1 B1/1----- B0------- B1-------
+
+    zbv
+    rank 0 | F0   F1   F2   F0/1 I0/1 W0/1 F1/1 I1/1 W1/1 I0-- W0-- F2/1 I2/1 W2/1 I1-- W1-- I2-- W2--
+    rank 1 | .... F0   F0/1 F1   F1/1 I0/1 W0/1 F2   I0-- W0-- F2/1 I1/1 W1/1 I1-- I2/1 I2-- W1-- W2/1 W2--
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -115,13 +132,13 @@ def zbv(stages: int, microbatches: int) -> Plan:
         row.add(2 * (stages - rank) - 1, "F0")
         row.add(rank, "F1 F0")
         row.add(stages - rank, "F1 I1 W1")
-        left = made - row.done("F", 0)
+        left = made - row.done("F0")
         row.add(left, "F0 I0 W0 F1 I1 W1")
-        row.add(made - row.done("F", 1), "I0 W0 F1 I1 W1")
+        row.add(made - row.done("F1"), "I0 W0 F1 I1 W1")
         row.add(rank, "I0 I1")
         row.add(stages - rank, "I0 W0")
-        row.add(made - row.done("W", 1), "W1")
-        row.add(made - row.done("W", 0), "W0")
+        row.add(made - row.done("W1"), "W1")
+        row.add(made - row.done("W0"), "W0")
         rows.append(tuple(action for action in row.actions if action.microbatch < microbatches))
     return Plan(stages, 2, microbatches, tuple(rows), "vee")
 
@@ -131,15 +148,16 @@ class _Row:
 
     def __init__(self) -> None:
         self.actions: list[Action] = []
+        self._done: Counter[str] = Counter()
 
-    def done(self, kind: Kind, chunk: int) -> int:
-        return sum(action.kind == kind and action.chunk == chunk for action in self.actions)
+    def done(self, word: str) -> int:
+        return self._done[word]
 
     def add(self, times: int, pattern: str) -> None:
         """Appends a pattern such as "F0 I1" (a forward of chunk 0, an input gradient of chunk 1) some times."""
         for word in pattern.split() * times:
-            kind, chunk = cast(Kind, word[0]), int(word[1:])
-            self.actions.append(Action(kind, self.done(kind, chunk), chunk))
+            self.actions.append(Action(cast(Kind, word[0]), self._done[word], int(word[1:])))
+            self._done[word] += 1
 
 
 @dataclass(frozen=True, slots=True)

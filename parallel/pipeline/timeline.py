@@ -29,6 +29,17 @@ class Costs:
         parts = {"F": (self.forward,), "B": (self.input, self.weight), "I": (self.input,), "W": (self.weight,)}
         return sum(cost[virtual_stage] if isinstance(cost, tuple) else cost for cost in parts[kind])
 
+    def part(self, chunks: int) -> "Costs":
+        """The costs of one of `chunks` equal chunks, given those of all; the time of a message stays.
+
+        Raises ValueError for costs per virtual stage, which are already a chunk's.
+        """
+        whole = (self.forward, self.input, self.weight)
+        if any(isinstance(cost, tuple) for cost in whole):
+            raise ValueError(f"{self} are costs of virtual stages, which have no parts")
+        forward, of_input, of_weights = (cost / chunks for cost in whole if not isinstance(cost, tuple))
+        return Costs(forward, of_input, of_weights, self.message)
+
 
 @dataclass(frozen=True, slots=True)
 class Span:

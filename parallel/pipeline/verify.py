@@ -2,10 +2,11 @@
 
 from collections import Counter
 
-from parallel.pipeline.plan import Action, Kind, Plan, PlanError
+from parallel.pipeline.plan import KINDS, Action, Plan, PlanError
 from parallel.pipeline.timeline import timeline
 
-KINDS: tuple[Kind, ...] = ("F", "B", "I", "W")
+LISTED = 8
+"""Missing actions that a message names."""
 
 
 def verify(plan: Plan) -> None:
@@ -41,10 +42,11 @@ def _verify_rank(plan: Plan, rank: int) -> None:
         parts = [part for part in (of_input, of_weights) if part in seen]
         if whole in seen and parts:
             raise PlanError(f"rank {rank} runs {whole} and also {parts[0]}, a part of it")
-        backward = {of_input, of_weights} if parts else {whole}
-        missing += sorted(({forward} | backward) - seen.keys(), key=str)
+        needed = (forward, of_input, of_weights) if parts else (forward, whole)
+        missing += [action for action in needed if action not in seen]
     if missing:
-        raise PlanError(f"rank {rank} never runs {', '.join(map(str, missing))}")
+        more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
+        raise PlanError(f"rank {rank} never runs {', '.join(map(str, missing[:LISTED]))}{more}")
     _verify_order(plan, rank)
 
 

@@ -28,6 +28,7 @@ QUICK = {
 }
 """Arguments that are added to a command, so that it takes seconds."""
 COMMANDS = {
+    "parallel.pipeline.show": "show",
     "train.preview": "preview",
     "train.compare": "compare",
     "serve.generate": "generate",

@@ -96,7 +96,8 @@ REFUSED = {
     },
     "show": {
         "model=tiny": "has no effect in show: model is a key of train",
-        "schedule=interleaved": "is not available yet; use one of gpipe, 1f1b",
+        "schedule=pipedream": "is not available yet; use one of gpipe, 1f1b, interleaved, zero_bubble, zbv, auto",
+        "stages=0": "stages=0 is out of range; use stages>=1",
     },
     "compare": {
         "steps=0": "steps=0 is out of range; use steps>=1",

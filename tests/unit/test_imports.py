@@ -38,7 +38,8 @@ WITHOUT_TORCH = (
     "serve/blocks.py",
     "serve/scheduler.py",
     "parallel/pipeline/plan.py",
-    "parallel/pipeline/schedules.py",
+    "parallel/pipeline/choose.py",
+    "parallel/pipeline/text.py",
 )
 
 
