@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from conf.convert import build, plain, show
-from conf.layout import balanced_stages, degrees, fits, microbatches
+from conf.layout import balanced_stages, chunks_per_rank, degrees, fits, microbatches, scheduled
 from conf.rules import not_yet, out_of_range, unused
 from conf.schema import (
     LINEARS,
@@ -57,7 +57,7 @@ def check(config: C, command: str, world_size: int | None, architecture: Archite
     problems = not_yet(config) + out_of_range(config) + unused(config) + _model(config)
     launched = None if command in ("preview", "submit") else world_size
     parallel, misfits = degrees(config.parallel, command in SERVING, launched)
-    problems += misfits
+    problems += misfits + scheduled(parallel)
     if architecture is not None:
         problems += _shape(architecture) + fits(parallel, architecture) + _lengths(config, architecture, command)
     problems += _serving(config, command) if command in SERVING else _training(config)
@@ -237,7 +237,9 @@ def _resolve(config: C, command: str, architecture: Architecture | None) -> C:
     """Replaces each "auto" and each None that stands for a derived value."""
     parallel = config.parallel
     if architecture is not None and parallel.stages == "auto":
-        parallel = replace(parallel, stages=balanced_stages(architecture, parallel.pipeline))
+        placement = "vee" if parallel.schedule == "zbv" else "loop"
+        stages = balanced_stages(architecture, parallel.pipeline, chunks_per_rank(parallel), placement)
+        parallel = replace(parallel, stages=stages)
     if command in SERVING:
         serve = config.serve
         name = serve.model_name or config.model.name
@@ -253,7 +255,7 @@ def _resolve(config: C, command: str, architecture: Architecture | None) -> C:
         logger = replace(logger, name=logger.name or Path(run_dir).name)
     return replace(
         config,
-        parallel=replace(parallel, microbatches=microbatches(config)),
+        parallel=replace(parallel, microbatches=microbatches(config), virtual_stages=chunks_per_rank(parallel)),
         data=replace(config.data, max_length=config.data.max_length or room),
         optim=optim,
         logger=logger,

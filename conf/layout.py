@@ -10,6 +10,9 @@ from typing import Literal
 from conf.convert import show
 from conf.schema import Architecture, Config, ParallelConf
 
+CHUNKED = ("interleaved", "zbv")
+"""Schedules whose ranks hold several chunks of layers."""
+
 
 def degrees(parallel: ParallelConf, serving: bool, world_size: int | None) -> tuple[ParallelConf, list[str]]:
     """Fills in the axis that takes the ranks left over (`data` in training, `tensor` in serving).
@@ -48,6 +51,8 @@ def fits(parallel: ParallelConf, architecture: Architecture) -> list[str]:
     """Why a model cannot be cut like this; empty if it can."""
     problems: list[str] = []
     layers, stages = architecture.num_layers, parallel.stages
+    chunks = chunks_per_rank(parallel)
+    virtual = f"parallel.pipeline={parallel.pipeline} * parallel.virtual_stages={chunks} = {parallel.pipeline * chunks}"
     for unit in ("num_heads", "ffn_width", "vocab_size"):
         most, tensor = getattr(architecture, unit), parallel.tensor
         if tensor is not None and tensor > most:
@@ -57,7 +62,17 @@ def fits(parallel: ParallelConf, architecture: Architecture) -> list[str]:
             f"parallel.pipeline={parallel.pipeline} exceeds the model's num_layers={layers}; "
             f"use parallel.pipeline<={layers}"
         )
-    if stages != "auto" and len(stages) != parallel.pipeline:
+    elif parallel.pipeline * chunks > layers:
+        problems.append(
+            f"{virtual} virtual stages exceed the model's num_layers={layers}; use fewer of one of them, "
+            "or parallel.schedule=1f1b or zero_bubble with parallel.virtual_stages=1"
+        )
+    if stages != "auto" and chunks > 1 and len(stages) != parallel.pipeline * chunks:
+        problems.append(
+            f"parallel.stages={show(stages)} has {len(stages)} stages but {virtual}; "
+            "give the layers of each virtual stage, in the model's order"
+        )
+    if stages != "auto" and chunks == 1 and len(stages) != parallel.pipeline:
         problems.append(
             f"parallel.stages={show(stages)} has {len(stages)} stages but "
             f"parallel.pipeline={parallel.pipeline}; give one number of layers per stage"
@@ -65,6 +80,40 @@ def fits(parallel: ParallelConf, architecture: Architecture) -> list[str]:
     if stages != "auto" and sum(stages) != layers:
         problems.append(f"parallel.stages={show(stages)} adds up to {sum(stages)} but the model's num_layers={layers}")
     return problems
+
+
+def chunks_per_rank(parallel: ParallelConf) -> int:
+    """`parallel.virtual_stages`, as set or by the schedule."""
+    return parallel.virtual_stages or (2 if parallel.schedule in CHUNKED else 1)
+
+
+def scheduled(parallel: ParallelConf) -> list[str]:
+    """Why the schedule cannot have so many chunks of layers per rank; empty if it can."""
+    schedule, chunks = parallel.schedule, chunks_per_rank(parallel)
+    if schedule == "interleaved" and chunks == 1:
+        return [
+            "parallel.virtual_stages=1 leaves parallel.schedule=interleaved nothing to interleave; "
+            "use parallel.virtual_stages>=2, or parallel.schedule=1f1b"
+        ]
+    if schedule == "zbv" and chunks != 2:
+        return [
+            f"parallel.virtual_stages={chunks} does not fit parallel.schedule=zbv, whose ranks hold 2 chunks; "
+            "use parallel.virtual_stages=2, or parallel.schedule=interleaved"
+        ]
+    if schedule not in CHUNKED and chunks != 1:
+        return [
+            f"parallel.virtual_stages={chunks} does not fit parallel.schedule={schedule}, whose ranks hold 1 chunk; "
+            "use parallel.virtual_stages=1, or parallel.schedule=interleaved"
+        ]
+    return []
+
+
+def virtual_stages(parallel: ParallelConf) -> list[tuple[int, ...]]:
+    """By pipeline rank the virtual stages (places in the model) of its chunks, as the schedule's plan places them."""
+    ranks, chunks = parallel.pipeline, chunks_per_rank(parallel)
+    if parallel.schedule == "zbv":
+        return [(rank, 2 * ranks - 1 - rank) for rank in range(ranks)]
+    return [tuple(range(rank, ranks * chunks, ranks)) for rank in range(ranks)]
 
 
 def balanced_stages(

@@ -23,7 +23,7 @@ class ConfigError(ValueError):
 PLANNED: Mapping[str, tuple[str, ...]] = {
     "tune": ("qlora", "prompt", "ptuning", "adapter", "ia3"),
     "optim": ("zero1", "deepspeed"),
-    "parallel.schedule": ("interleaved", "pipedream", "zero_bubble", "zbv"),
+    "parallel.schedule": ("pipedream",),
     "parallel.context_method": ("all_gather", "ulysses"),
     "parallel.recompute": ("selective",),
     "schedule": ("pipedream",),
@@ -105,12 +105,14 @@ class ParallelConf:
         None, "Tensor-parallel degree; default: training 1, serving the ranks left over.", FROM_1
     )
     stages: Literal["auto"] | tuple[int, ...] = option(
-        "auto", "Layers of each stage, as [8,7,7,8]; auto balances weights.", FROM_1
+        "auto", "Layers of each (virtual) stage, as [8,7,7,8]; auto balances weights.", FROM_1
     )
     sequence: bool = option(False, "Sequence parallelism in the tensor group.", only=TRAINING, later=True)
-    schedule: Literal["gpipe", "1f1b"] = option("1f1b", "Pipeline schedule.", only=TRAINING)
-    virtual_stages: int = option(
-        1, "Chunks of layers per rank (interleaved schedules).", FROM_1, only=TRAINING, later=True
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv"] = option(
+        "1f1b", "Pipeline schedule.", only=TRAINING
+    )
+    virtual_stages: int | None = option(
+        None, "Chunks of layers per rank; default 1, with interleaved and zbv 2.", FROM_1, only=TRAINING
     )
     context_method: Literal["ring"] = option("ring", "Attention across context ranks.", only=TRAINING)
     recompute: Literal["none", "full"] = option(

@@ -19,6 +19,7 @@ Without a gradient for lse nothing is appended.
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.checks import working_dtype
+from kernels.master import Master
 
 _EXTRA_COLUMNS = 16
 """Columns appended to the head dim for the gradient of lse: two are used, the rest keep rows aligned."""
@@ -65,17 +67,25 @@ class Linear(torch.autograd.Function):
     def forward(ctx: Any, x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None, product: Product, min_rows: int) -> Tensor:
         """[T, N] in x.dtype, by `padded_linear`."""
         ctx.save_for_backward(x_TK, w_NK)
-        ctx.product = product
+        ctx.product, ctx.master = product, w_NK if isinstance(w_NK, Master) else None
         return padded_linear(x_TK, w_NK, bias_N, product, min_rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, w and bias, each only when asked for."""
+        """Gradients of x, w and bias, each only when asked for; a master's may be put off."""
         x_TK, w_NK = ctx.saved_tensors
         (grad_TN,) = grads
+        product, master = ctx.product, ctx.master
         wants_x, wants_w, wants_bias = ctx.needs_input_grad[:3]
-        grad_x = ctx.product(grad_TN, w_NK.t(), None) if wants_x else None
-        grad_w = ctx.product(grad_TN.t(), x_TK.t(), None) if wants_w else None
+
+        def weight_gradient(grad_TN: Tensor, x_TK: Tensor) -> Tensor:
+            return product(grad_TN.t(), x_TK.t(), None)
+
+        grad_x = product(grad_TN, w_NK.t(), None) if wants_x else None
+        grad_w = None
+        if wants_w:
+            make = weight_gradient if master is None else partial(master.gradient, weight_gradient)
+            grad_w = make(grad_TN, x_TK)
         return grad_x, grad_w, grad_TN.sum(0) if wants_bias else None, None, None
 
 

@@ -7,6 +7,7 @@ of x multiplies the packed transpose, the gradient of the weight is summed in fl
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -157,7 +158,14 @@ def add_weight_gradient(out_NK: Tensor, grad_TN: Tensor, x_TK: Tensor) -> None:
     torch.ops.onemesh.weight_gradient(out_NK, checks.contiguous_rows(grad_TN), checks.contiguous_rows(x_TK), True)
 
 
-def _weight_gradient(w_NK: Weight, grad_TN: Tensor, x_TK: Tensor) -> Tensor:
+def _weight_gradient(w_NK: Weight, grad_TN: Tensor, x_TK: Tensor) -> Tensor | None:
+    """The gradient of a linear's weight, or None if it's put off."""
+    if isinstance(w_NK, Master):
+        return w_NK.gradient(partial(_weight_sum, w_NK), grad_TN, x_TK)
+    return _weight_sum(w_NK, grad_TN, x_TK)
+
+
+def _weight_sum(w_NK: Weight, grad_TN: Tensor, x_TK: Tensor) -> Tensor:
     if isinstance(w_NK, Master) and w_NK.adds_gradients:
         assert w_NK.grad is not None
         add_weight_gradient(w_NK.grad, grad_TN, x_TK)

@@ -5,6 +5,7 @@ in float32 and stays so. The updates of up to 64 adapters in a batch are two lau
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from kernels import checks
 from kernels.cuda_layout import MOST_ADAPTERS, low_rank_items
+from kernels.master import Master
 from kernels.ops import LowRank, Packed, Part, Weight
 
 
@@ -85,17 +87,25 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None, wide: bool) -> Tensor:
         """[T, N] in x.dtype, or float32."""
         ctx.save_for_backward(x_TK, w_NK)
+        ctx.master = w_NK if isinstance(w_NK, Master) else None
         return _linear(x_TK, w_NK, bias_N, wide)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """`dx = dy w`, `dw = dy^T x`, `db = sum(dy)`, each only when asked for; dy is rounded to x.dtype."""
+        """`dx = dy w`, `dw = dy^T x`, `db = sum(dy)`, each only when asked for; dy is rounded to x.dtype.
+
+        A master's dw may be put off.
+        """
         x_TK, w_NK = ctx.saved_tensors
         wants_x, wants_w, wants_bias, _ = ctx.needs_input_grad
-        dy = grads[0].to(x_TK.dtype)
+        dy, master, dw = grads[0].to(x_TK.dtype), ctx.master, None
+        if wants_w and master is not None:
+            dw = master.gradient(partial(_weight_gradient, master), dy, x_TK)
+        elif wants_w:
+            dw = _weight_gradient(w_NK, dy, x_TK)
         return (
             _input_gradient(dy, w_NK) if wants_x else None,
-            _weight_gradient(w_NK, dy, x_TK) if wants_w else None,
+            dw,
             dy.sum(0) if wants_bias else None,
             None,
         )

@@ -21,8 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.autograd import Linear
 from kernels.checks import Slopes, check_attention, check_kv_index, check_linear, check_options, working_dtype
 from kernels.documents import Documents
+from kernels.master import Master
 from kernels.ops import LowRank, Packed, Part, Weight
 from kernels.paged import PagedLayout
 
@@ -40,7 +42,14 @@ def linear(
     w and the factors have the dtype of x or are masters in its working dtype, rounded to the dtype of x first. What an
     update's first factor gives is rounded to x.dtype; how often the sum is rounded, a backend may choose.
     """
-    return composed_linear(x_TK, w_NK, bias_N, updates, wide, F.linear)
+    return composed_linear(x_TK, w_NK, bias_N, updates, wide, _product)
+
+
+def _product(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    """`x @ w^T + bias`; the gradient of a master in x's dtype can be put off."""
+    if isinstance(w_NK, Master) and torch.is_grad_enabled():
+        return Linear.apply(x_TK, w_NK, bias_N, F.linear, 0)
+    return F.linear(x_TK, w_NK, bias_N)
 
 
 def linears(x_TK: Tensor, parts: Sequence[Part]) -> tuple[Tensor, ...]:

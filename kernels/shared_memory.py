@@ -147,6 +147,10 @@ class SharedMemory:
         if code:
             raise self._failure(code, x)
 
+    def receive_start(self, x: Tensor, source: int) -> Asked:
+        """`receive`, when it is waited for: the sender has put the message into memory of its own by then."""
+        return Asked(self, x, source)
+
     def broken(self, code: int) -> Broken:
         """The error of this number, which a function of the library returned."""
         place = self.place if code == _FORKED else self.arena.lost()
@@ -154,6 +158,19 @@ class SharedMemory:
 
     def _failure(self, code: int, x: Tensor, op: str = "") -> Exception:
         return (_unsuitable(x, op) if op else _gaps(x)) if code == _UNSUITABLE else self.broken(code)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A message that is received when it is waited for."""
+
+    memory: SharedMemory
+    x: Tensor
+    source: int
+
+    def wait(self) -> None:
+        """Blocks until the message is there, and copies it."""
+        self.memory.receive(self.x, self.source)
 
 
 def _gaps(x: Tensor) -> ValueError:

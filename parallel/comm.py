@@ -18,7 +18,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -36,8 +36,8 @@ from parallel.hierarchy import Hierarchy, Work, by_rows
 __all__ = [
     "Group", "Launch", "PeerLost", "Pending", "Traffic",
     "all_gather", "all_reduce", "all_reduce_start", "all_to_all", "barrier", "broadcast", "broadcast_bytes", "device",
-    "direct_sum", "disagreements", "new_handle", "receive", "reduce_scatter", "send_start", "start", "stop",
-    "sum_in_rank_order", "tell",
+    "direct_sum", "disagreements", "exchange_start", "new_handle", "receive", "receive_start", "reduce_scatter",
+    "send_start", "start", "stop", "sum_in_rank_order", "tell",
 ]  # fmt: skip
 
 
@@ -217,11 +217,37 @@ class Network:
 
     def send(self, x: Tensor, to: int) -> Work | None:
         """Keep `x` until it is sent."""
-        return dist.isend(x, self.ranks[to], group=self.group)
+        return dist.isend(x, self.ranks[to], group=self.group) if x.is_cpu else self._together((dist.isend, x, to))
 
     def receive(self, x: Tensor, source: int) -> Work | None:
         """Begins receiving into `x`."""
-        return dist.irecv(x, self.ranks[source], group=self.group)
+        way = dist.irecv
+        return way(x, self.ranks[source], group=self.group) if x.is_cpu else self._together((way, x, source))
+
+    def receive_start(self, x: Tensor, source: int) -> Work | None:
+        """As `receive`."""
+        return self.receive(x, source)
+
+    def exchange_start(self, x: Tensor, to: int, y: Tensor, source: int) -> Work:
+        """Begins both at once."""
+        return self._together((dist.isend, x, to), (dist.irecv, y, source))
+
+    def _together(self, *operations: tuple[Callable[..., object], Tensor, int]) -> Work:
+        # NCCL has another communicator for what isn't in a batch: both sides must do alike, so GPUs do all in batches
+        batch = [dist.P2POp(way, x, self.ranks[peer], self.group) for way, x, peer in operations]
+        return _All(dist.batch_isend_irecv(batch))
+
+
+@dataclass(frozen=True)
+class _All:
+    """Several operations under way."""
+
+    works: Sequence[Work]
+
+    def wait(self) -> None:
+        """Blocks until all are complete."""
+        for work in self.works:
+            work.wait()
 
 
 def sum_in_rank_order(x: Tensor, group: Group) -> Tensor:
@@ -386,6 +412,30 @@ def receive(x: Tensor, group: Group, source: int) -> None:
             work.wait()
     except RuntimeError as error:
         raise lost(error, "receive", group, source) from error
+
+
+def receive_start(x: Tensor, group: Group, source: int) -> Pending:
+    """Begins receiving the next message of the group's rank `source` into contiguous `x`, which is there after `wait`.
+
+    Messages of one rank are waited for in the order in which they were asked for. Between hosts a message travels from
+    now on; through shared memory it lies there anyway and is copied when it is waited for.
+    """
+    work = named("receive", group, group.through(x).receive_start, x, source, peer=source)
+    return Pending("receive", group, work, None, source)
+
+
+def exchange_start(x: Tensor, to: int, y: Tensor, source: int, group: Group) -> Pending:
+    """Begins sending contiguous `x` to the group's rank `to` and receiving `y` from rank `source` as one operation.
+
+    For GPUs, where messages of a rank wait for each other: two ranks that send to each other first would wait for ever.
+    It goes over the network, as `send_start` and `receive` of a GPU's tensors do.
+    """
+    assert group.handle is not None
+    way = group.handle.network
+    assert isinstance(way, Network)
+    work = named("send and receive", group, way.exchange_start, x, to, y, source)
+    group.traffic.add("send", group.axis, x.nbytes)
+    return Pending("send and receive", group, work, x)
 
 
 def disagreements(facts: Mapping[str, str], group: Group) -> list[str]:

@@ -1,8 +1,8 @@
 """Gradients in flat buckets: accumulated in place, summed over replicas while the backward pass still runs.
 
 Every parameter's `.grad` is a view into a bucket; backends may add to a master's themselves (`kernels.master`). A
-bucket is summed over its group as soon as the last of its gradients is final and all buckets before it were started
-(every rank thus starts them in the same order):
+bucket is summed over its group as soon as all its gradients have come as often as the step has microbatches and all
+buckets before it were started (every rank thus starts them in the same order):
 
     reduce     group                      what it completes
     none       data + context             the sum over the rows of other ranks
@@ -13,6 +13,9 @@ whole have buckets of their own, laid out alike on all of them: their gradients 
 
 What rarely occurs is added afterwards, in canonical order: KV heads that live on several tensor ranks (overlap),
 tied embeddings (first and last stage), parameters replicated over pipeline stages.
+
+A rank with both ends of a model with tied embeddings, as chunks of their own, gathers the head's gradient apart from
+the embedding's and adds it at the end: one more gradient of that size, and the bits of two ranks with an end each.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ class _Bucket:
     size: int
     """Number of parameters."""
     ready: int = 0
+    """Gradients of microbatches that have come."""
     pending: Pending | None = None
 
 
@@ -57,8 +61,10 @@ class Gradients:
     """Trainable parameters with their placements."""
     overlapped: bool = True
     """False where gradients arrive after the backward pass (reparameterised prefixes)."""
+    heads: Sequence[tuple[Placed, nn.Parameter]] = ()
+    """(a parameter with a gradient of its own, the placed one that it is the memory of): `TiedHead`."""
     _buckets: list[_Bucket] = field(default_factory=list)
-    _last: bool = False
+    _passes: int = 0
     _started: int = 0
 
     def __post_init__(self) -> None:
@@ -68,9 +74,10 @@ class Gradients:
                 self._add_bucket(group, run)
 
     def _by_group(self) -> Iterable[tuple[Group, list[Placed]]]:
-        partial = [(s, p) for s, p in self.placed if s.reduce == "tensor"]
-        uncut = [(s, p) for s, p in self.placed if s.reduce == "none" and s.index == whole(s.shape)]
-        cut = [(s, p) for s, p in self.placed if s.reduce != "tensor" and s.index != whole(s.shape)]
+        placed = [*self.placed, *(head for head, _ in self.heads)]
+        partial = [(s, p) for s, p in placed if s.reduce == "tensor"]
+        uncut = [(s, p) for s, p in placed if s.reduce == "none" and s.index == whole(s.shape)]
+        cut = [(s, p) for s, p in placed if s.reduce != "tensor" and s.index != whole(s.shape)]
         replicas = self.mesh.replicas
         groups = ((replicas, cut), (replicas, uncut), (self.mesh.replicas_tensor, partial))
         return [(group, members) for group, members in groups if members]
@@ -85,30 +92,26 @@ class Gradients:
             parameter.grad = flat[at : at + parameter.numel()].view_as(parameter)
             if isinstance(parameter, Master):
                 parameter.adds_gradients = True
+                parameter.arrived = arrived if self.overlapped else None
             at += parameter.numel()
             if self.overlapped:
-                parameter.register_post_accumulate_grad_hook(arrived)
+                parameter.register_post_accumulate_grad_hook(_unless_put_off(arrived))
         self._buckets.append(_Bucket(flat, group, len(members)))
 
-    def zero(self) -> None:
-        """Clears all gradients and readiness; call before a step's first backward."""
-        self._last, self._started = False, 0
+    def zero(self, passes: int) -> None:
+        """Clears all gradients and readiness; call before a step's first backward. passes: microbatches of the step,
+        each of which adds to every gradient once."""
+        self._passes, self._started = passes, 0
         for bucket in self._buckets:
             bucket.flat.zero_()
             bucket.ready, bucket.pending = 0, None
 
-    def last_microbatch(self) -> None:
-        """From now on a gradient that is accumulated is final: sums may start."""
-        self._last = True
-
     def arrived(self, index: int) -> None:
-        """Counts a gradient of bucket `index`, final on the last microbatch; starts the sums that are due."""
-        if not self._last:
-            return
+        """Counts a microbatch's gradient of a parameter of bucket `index`; starts the sums that are due."""
         self._buckets[index].ready += 1
         while self._started < len(self._buckets):
             first = self._buckets[self._started]
-            if first.ready < first.size:
+            if first.ready < first.size * self._passes:
                 break
             self._start_next()
 
@@ -124,6 +127,9 @@ class Gradients:
         for bucket in self._buckets:
             assert bucket.pending is not None
             bucket.pending.wait()
+        for (_, head), parameter in self.heads:
+            assert parameter.grad is not None and head.grad is not None
+            parameter.grad += head.grad
         self._sum_overlaps()
         for spec, parameter in self.placed:
             assert parameter.grad is not None
@@ -154,17 +160,17 @@ class Gradients:
     def norm(self, names: Sequence[str]) -> float:
         """Euclidean norm of the full gradient, in float64.
 
-        names: the full names of all trainable parameters of the whole model in canonical order, the same on every
-        rank. Each full parameter's sum of squares is gathered over the model's ranks, then added in that order.
+        names: of all `Spec.parts` of the whole model's trainable parameters in canonical order, the same on every
+        rank. Each one's sum of squares is gathered over the model's ranks, then added in that order.
         """
         position = {name: i for i, name in enumerate(names)}
         squares = torch.zeros(len(names), dtype=torch.float64)
         for spec, parameter in self.placed:
-            if spec.owned is None:
-                continue
             assert parameter.grad is not None
-            offset = [slice(o.start - i.start, o.stop - i.start) for o, i in zip(spec.owned, spec.index, strict=True)]
-            squares[position[spec.name]] += _sum_of_squares(parameter.grad[tuple(offset)])
+            for name, owned in spec.parts():
+                if owned is not None:
+                    own = [slice(o.start - i.start, o.stop - i.start) for o, i in zip(owned, spec.index, strict=True)]
+                    squares[position[name]] += _sum_of_squares(parameter.grad[tuple(own)])
         comm.all_reduce(squares, self.mesh.model)
         return math.sqrt(math.fsum(squares.tolist()))
 
@@ -191,6 +197,14 @@ def _hook(gradients: weakref.ref[Gradients], index: int) -> Callable[[Tensor], N
             owner.arrived(index)
 
     return arrived
+
+
+def _unless_put_off(arrived: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    def hook(parameter: Tensor) -> None:
+        if not (isinstance(parameter, Master) and parameter.left):
+            arrived(parameter)
+
+    return hook
 
 
 def _runs(members: list[Placed]) -> list[list[Placed]]:

@@ -60,7 +60,10 @@ class Transport(Protocol):
         """Begins sending `x`; None when `x` may change."""
 
     def receive(self, x: Tensor, source: int) -> Work | None:
-        """Begins receiving into `x`; None when it is there."""
+        """Begins receiving into `x`, or waits for it; None when it is there."""
+
+    def receive_start(self, x: Tensor, source: int) -> Work | None:
+        """Begins receiving into `x` without waiting."""
 
 
 def by_rows(
@@ -158,6 +161,11 @@ class Hierarchy:
         """Through memory or the network, by where `source` is."""
         way, source = self._way(source)
         return way.receive(x, source)
+
+    def receive_start(self, x: Tensor, source: int) -> Work | None:
+        """Through memory or the network, by where `source` is."""
+        way, source = self._way(source)
+        return way.receive_start(x, source)
 
     def _way(self, place: int) -> tuple[Transport, int]:
         mine = self.hosts.places[self.hosts.here]

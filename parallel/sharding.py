@@ -138,11 +138,24 @@ class Spec:
     """Held by the first and the last stage (tied embeddings): their gradients are added."""
     pipeline_sum: bool = False
     """Replicated on every pipeline stage, each with a partial gradient."""
+    layer_dim: int | None = None
+    """Dimension along which lie layers, hence the chunks of all pipeline ranks (prefixes)."""
 
     @property
     def local_shape(self) -> tuple[int, ...]:
         """Shape of this rank's block."""
         return tuple(s.stop - s.start for s in self.index)
+
+    def parts(self) -> list[tuple[str, Index | None]]:
+        """(name, what of it this rank owns) of what is summed as one in norms, in any layout: a tensor, or a layer's
+        share of one that is cut by layers."""
+        if self.layer_dim is None:
+            return [(self.name, self.owned)]
+        dim, layers = self.layer_dim, self.index[self.layer_dim]
+        return [
+            (f"{self.name}[{i:05}]", None if self.owned is None else with_dim(self.owned, dim, i, i + 1))
+            for i in range(layers.start, layers.stop)
+        ]
 
 
 def whole(shape: Sequence[int]) -> Index:

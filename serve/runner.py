@@ -140,7 +140,7 @@ class Runner:
                 f"adapters.{name}={directory}: no room in the KV cache for its prefix ({error}); raise serve.kv_memory"
             ) from None
         try:
-            self._write_prefix(Prefix(adapter, self.decoder, read, trainable=False), pages)
+            self._write_prefix(Prefix(adapter, [self.decoder], read, trainable=False), pages)
         except BaseException:
             pool.free(pages)
             raise
@@ -148,7 +148,7 @@ class Runner:
 
     @torch.inference_mode()
     def _write_prefix(self, prefix: Prefix, pages: Sequence[int]) -> None:
-        kv = prefix().to(self.decoder.dtype)
+        kv = prefix()[0].to(self.decoder.dtype)
         places = torch.arange(kv.shape[0], device=kv.device)
         slots = (
             torch.tensor(pages, device=kv.device)[places // self.page_size] * self.page_size + places % self.page_size

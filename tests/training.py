@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,12 @@ from conf.schema import (
 from kernels import dispatch
 from parallel.comm import Launch
 from parallel.mesh import Mesh
-from parallel.sharding import Spec
+from parallel.pipeline.plan import Plan
+from parallel.sharding import Spec, partition
 from tests.models import TINY, RandomWeights
 from tests.ranks import on_ranks
 from train.data import Row
-from train.model import build_model
+from train.model import Model, build_model
 from train.step import Trainer
 
 
@@ -41,6 +43,9 @@ class Run:
     schedule: str = "1f1b"
     microbatches: int = 1
     stages: tuple[int, ...] | None = None
+    virtual_stages: int = 1
+    plan: Plan | None = None
+    """Executed instead of the schedule's."""
     recompute: str = "none"
     packing: bool = True
     tune: TuneConf = field(default_factory=lambda: TuneConf(kind="full"))
@@ -58,9 +63,9 @@ class Run:
     @property
     def config(self) -> Config:
         """The resolved configuration."""
-        layers = self.architecture.num_layers
         stages = self.stages or tuple(
-            layers // self.pipeline + (i < layers % self.pipeline) for i in range(self.pipeline)
+            stop - start
+            for start, stop in pairwise(partition(self.architecture.num_layers, self.pipeline * self.virtual_stages))
         )
         return Config(
             model=ModelConf(dtype=self.dtype),  # pyright: ignore[reportArgumentType]
@@ -69,6 +74,7 @@ class Run:
                 pipeline=self.pipeline,
                 tensor=self.tensor,
                 stages=stages,
+                virtual_stages=self.virtual_stages,
                 schedule=self.schedule,  # pyright: ignore[reportArgumentType]
                 microbatches=self.microbatches,
                 recompute=self.recompute,  # pyright: ignore[reportArgumentType]
@@ -120,7 +126,7 @@ def train_rank(launch: Launch, run: Run) -> Any:
     model = build_model(config, RandomWeights(run.architecture), mesh, dispatch.select(torch.device("cpu"), dtype))
     if model.adapter is not None and model.adapter.kind == "lora":
         perturb(model.trainable())
-    trainer = Trainer(config, model)
+    trainer = Trainer(config, model) if run.plan is None else _Planned(config, model, run.plan)
     results = []
     for step in range(1, run.steps + 1):
         rows = rows_of(step, run.batch_size, run.architecture.vocab_size)
@@ -132,6 +138,18 @@ def train_rank(launch: Launch, run: Run) -> Any:
         gradients.append((spec, (parameter.grad / clip).numpy()))
         parameters.append((spec, parameter.detach().numpy()))
     return [r.loss for r in results], [r.grad_norm for r in results], gradients, parameters
+
+
+class _Planned(Trainer):
+    """Executes a given plan."""
+
+    def __init__(self, config: Config, model: Model, plan: Plan) -> None:
+        super().__init__(config, model)
+        self.plan = plan
+
+    def _plan(self, num_microbatches: int) -> Plan:
+        assert num_microbatches == self.plan.microbatches
+        return self.plan
 
 
 def perturb(placed: Sequence[tuple[Spec, torch.nn.Parameter]]) -> None:

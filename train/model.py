@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
+from conf.layout import virtual_stages
 from conf.schema import Config
 from kernels.dispatch import Ops
 from parallel.adapters import lora, prefix
@@ -16,8 +18,8 @@ from parallel.adapters.prefix import Prefix, StepPrefix
 from parallel.loss import cross_entropy
 from parallel.mesh import Mesh
 from parallel.model.attend import DocumentAttend
-from parallel.model.decoder import Decoder, placed
-from parallel.model.load import CPU, Weights, build_decoder
+from parallel.model.decoder import Decoder, TiedHead, placed
+from parallel.model.load import CPU, Weights, build_chunks
 from parallel.model.step import Segment, Step
 from parallel.pipeline.run import Border
 from parallel.randomness import DropoutKey
@@ -30,37 +32,56 @@ Read = Callable[[Spec, torch.dtype], Tensor]
 
 @dataclass(frozen=True)
 class Model:
-    """Decoder and adapter of this rank."""
+    """Decoder, in chunks, and adapter of this rank."""
 
-    decoder: Decoder
+    chunks: Sequence[Decoder]
+    """In the model's order; one but for schedules with virtual stages."""
     mesh: Mesh
     adapter: Adapter | None
     prefix: Prefix | None
     recompute: bool
 
+    @property
+    def decoder(self) -> Decoder:
+        """The first chunk, for what all chunks have in common: shape, cut, dtype, device."""
+        return self.chunks[0]
+
+    def placed(self) -> list[tuple[Spec, nn.Parameter]]:
+        """Every parameter of the decoder on this rank with its placement, adapters included, in construction order."""
+        return list(chain.from_iterable(chunk.placed() for chunk in self.chunks))
+
     def trainable(self) -> list[tuple[Spec, nn.Parameter]]:
         """Every trainable parameter of this rank with its placement, in construction order."""
         own = [] if self.prefix is None else list(placed(self.prefix))
-        return [(spec, p) for spec, p in [*self.decoder.placed(), *own] if p.requires_grad]
+        return [(spec, p) for spec, p in [*self.placed(), *own] if p.requires_grad]
+
+    def tied_heads(self) -> list[tuple[tuple[Spec, nn.Parameter], nn.Parameter]]:
+        """Of a trained head that shares another chunk's embedding: ((placement, head), embedding). None or one."""
+        head, table = self.chunks[-1].lm_head, self.chunks[0].embed_tokens
+        if not isinstance(head, TiedHead) or table is None or not isinstance(head.weight, nn.Parameter):
+            return []
+        assert isinstance(table.weight, nn.Parameter)
+        return [((table.specs["weight"], head.weight), table.weight)] if head.weight.requires_grad else []
 
     def loss(
         self,
         batch: Microbatch,
+        chunk: int,
         hidden: Tensor | None,
         step_prefix: StepPrefix | None,
         dropout: DropoutKey | None,
     ) -> Tensor:
-        """This stage's part of a forward pass: hidden states [T, D], on the last stage the loss's sum.
+        """A chunk's part of a forward pass: hidden states [T, D], on the model's last one the loss's sum.
 
-        batch: the packed tokens, the same on every stage. hidden: [T, D] from the stage before, None on the first.
+        batch: the packed tokens, the same on every stage. hidden: [T, D] from the chunk before, None on the first.
         """
-        decoder = self.decoder
+        decoder = self.chunks[chunk]
         attend = DocumentAttend(
             decoder.architecture,
             decoder.here,
             decoder.ops,
             batch.cu_seqlens_B1.tolist(),
-            None if step_prefix is None else step_prefix.layers(decoder.dtype),
+            None if step_prefix is None else step_prefix.layers(chunk, decoder.dtype),
             decoder.stage.start,
         )
         offset = 0 if self.prefix is None or self.adapter is None else self.adapter.virtual_tokens
@@ -109,14 +130,18 @@ def build_model(
     assert not isinstance(stages, str), "stages of an unchecked config"
     tune, architecture = config.tune, weights.architecture
     full = tune.kind == "full"
-    decoder = build_decoder(weights, mesh, stages, dtype=dtype, ops=ops, trainable=full, packed=not full, device=device)
+    numbers = virtual_stages(config.parallel)[mesh.pipeline.rank]
+    chunks = build_chunks(
+        weights, mesh, stages, numbers, dtype=dtype, ops=ops, trainable=full, packed=not full, device=device
+    )
     recompute = config.parallel.recompute == "full"
     if full:
-        return Model(decoder, mesh, None, None, recompute)
+        return Model(chunks, mesh, None, None, recompute)
     adapter = from_tune(tune, architecture)
     if adapter.kind == "lora":
-        lora.install(decoder, adapter, SLOT, read_adapter or lora.initial(config.train.seed), trainable=True)
-        return Model(decoder, mesh, adapter, None, recompute)
+        for decoder in chunks:
+            lora.install(decoder, adapter, SLOT, read_adapter or lora.initial(config.train.seed), trainable=True)
+        return Model(chunks, mesh, adapter, None, recompute)
     read = read_adapter or prefix.initial(config.train.seed, adapter, architecture)
-    own = Prefix(adapter, decoder, read, trainable=True)
-    return Model(decoder, mesh, adapter, own, recompute)
+    own = Prefix(adapter, chunks, read, trainable=True)
+    return Model(chunks, mesh, adapter, own, recompute)

@@ -194,13 +194,14 @@ def save(trainer: Trainer, source: Source, data: str, step: int, run_id: str | N
 def _public_files(model: Model, source: Source) -> list[TensorFile]:
     metadata = {"format": "pt"}
     if model.adapter is None:
-        return [TensorFile(MODEL, [Block(spec, p) for spec, p in model.decoder.placed()], metadata)]
+        return [TensorFile(MODEL, [Block(spec, p) for spec, p in model.placed()], metadata)]
     metadata[peft.BASE] = source.fingerprint
     if model.prefix is None:
         return [TensorFile(peft.WEIGHTS, [Block(spec, p) for spec, p in model.trainable()], metadata)]
-    tokens, *body = model.prefix.file_spec.shape
+    tokens, *body = model.prefix.file_specs[0].shape
     flat = (tokens, body[0] * body[1] * body[2] * body[3])
-    files = [TensorFile(peft.WEIGHTS, [Block(model.prefix.file_spec, model.prefix(), flat)], metadata)]
+    blocks = [Block(spec, kv, flat) for spec, kv in zip(model.prefix.file_specs, model.prefix(), strict=True)]
+    files = [TensorFile(peft.WEIGHTS, blocks, metadata)]
     if model.prefix.hidden is not None:
         files.append(TensorFile(PARAMETERS, [Block(spec, p) for spec, p in model.trainable()], {}))
     return files

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from conf.layout import chunks_per_rank
 from conf.schema import Config
 from kernels.master import packs_kept
 from parallel import comm
 from parallel.adapters.prefix import StepPrefix
 from parallel.gradients import Gradients
 from parallel.pipeline import run, schedules
+from parallel.pipeline.plan import Plan
 from parallel.randomness import DropoutKey
 from train.batches import Microbatch, microbatches, packs
 from train.data import Dataset, Row
@@ -48,14 +50,14 @@ class Trainer:
         self.config, self.model, self.mesh = config, model, model.mesh
         self.placed = model.trainable()
         overlapped = model.prefix is None or model.prefix.hidden is None
-        self.gradients = Gradients(model.mesh, self.placed, overlapped)
+        self.gradients = Gradients(model.mesh, self.placed, overlapped, model.tied_heads())
         self.optimizer = adamw(config.optim, self.placed)
         self.loss_scale = LossScale.start(config.model.dtype)
         self.names = self._all_names()
 
     def _all_names(self) -> list[str]:
-        """Full names of the trainable parameters of the whole model, sorted: the canonical order."""
-        mine = "\n".join(spec.name for spec, _ in self.placed).encode()
+        """`Spec.parts` of the trainable parameters of the whole model, sorted by name: the canonical order."""
+        mine = "\n".join(name for spec, _ in self.placed for name, _ in spec.parts()).encode()
         group = self.mesh.model
         parts = [comm.broadcast_bytes(mine, group, source).decode() for source in range(group.size)]
         return sorted({name for part in parts for name in part.split("\n") if name})
@@ -68,7 +70,7 @@ class Trainer:
         """
         batches = self._batches(rows)
         tokens, targets = self._counts(batches)
-        self.gradients.zero()
+        self.gradients.zero(len(batches))
         loss = self._backward(number, batches, self.loss_scale.scale / targets) / targets
         self.gradients.scale(1 / self.loss_scale.scale)
         norm = self.gradients.norm(self.names)
@@ -113,21 +115,21 @@ class Trainer:
         """Accumulates the gradient of `scale` times the loss's sum; returns that sum over all ranks."""
         model, pipeline = self.model, self.mesh.pipeline
         step_prefix = None if model.prefix is None else StepPrefix.begin(model.prefix)
-        schedule = schedules.make(self.config.parallel.schedule, pipeline.size, len(batches))
+        weights = [[p for _, p in chunk.placed()] for chunk in model.chunks]
 
-        def forward(m: int, hidden: Tensor | None) -> Tensor:
+        def forward(chunk: int, m: int, hidden: Tensor | None) -> Tensor:
             batch = batches[m]
             dropout = DropoutKey(self.config.train.seed, number, batch.row_T, batch.positions_T)
-            return model.loss(batch, hidden, step_prefix, dropout)
+            return model.loss(batch, chunk, hidden, step_prefix, dropout)
 
         with self._packs(len(batches), ahead=True):
             losses = run.run(
-                schedule.actions[pipeline.rank],
+                self._plan(len(batches)),
                 pipeline,
                 forward,
                 border=model.border(batches),
                 scale=scale,
-                before_last_backward=self.gradients.last_microbatch,
+                weights=weights,
             )
         if step_prefix is not None:
             step_prefix.end()
@@ -136,15 +138,24 @@ class Trainer:
 
     def _packs(self, passes: int, *, ahead: bool) -> AbstractContextManager[None]:
         """Keeps the weights' packs where they spare more than every second packing: they take room."""
-        return packs_kept([parameter for _, parameter in self.placed], ahead=ahead) if passes > 2 else nullcontext()
+        if passes <= 2:
+            return nullcontext()
+        heads = [head for (_, head), _ in self.model.tied_heads()]
+        return packs_kept([*(parameter for _, parameter in self.placed), *heads], ahead=ahead)
+
+    def _plan(self, num_microbatches: int) -> Plan:
+        """The step's schedule."""
+        parallel = self.config.parallel
+        return schedules.make(parallel.schedule, self.mesh.pipeline.size, num_microbatches, chunks_per_rank(parallel))
 
     def _forward(self, batches: Sequence[Microbatch]) -> float:
         model = self.model
         step_prefix = None if model.prefix is None else StepPrefix.begin(model.prefix)
         with self._packs(len(batches), ahead=False):
-            losses = run.forward_only(
+            losses = run.run(
+                self._plan(len(batches)).forwards,
                 self.mesh.pipeline,
-                lambda m, hidden: model.loss(batches[m], hidden, step_prefix, None),
+                lambda chunk, m, hidden: model.loss(batches[m], chunk, hidden, step_prefix, None),
                 border=model.border(batches),
             )
         return self._total(losses)

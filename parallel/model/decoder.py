@@ -1,7 +1,8 @@
 """The decoder of the Llama family, written once: one process, any mesh, training and serving.
 
 A pipeline stage is the same class with parts absent: the first stage embeds ids, the others take hidden states,
-the last one ends in the final norm. Layer names never renumber.
+the last one ends in the final norm. Layer names never renumber. A rank with several chunks of layers holds a decoder
+for each (`parallel.model.load.build_chunks`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.master import Master
 from kernels.ops import Packed
 from parallel.model import rope
 from parallel.model.block import Block
@@ -22,7 +24,7 @@ from parallel.tensor import Build, Embedding, Norm
 
 @dataclass(frozen=True)
 class Stage:
-    """Which part of the model a pipeline rank holds: layers [start, stop), of `num_layers`."""
+    """Which part of the model a pipeline rank's chunk is: layers [start, stop), of `num_layers`."""
 
     start: int
     stop: int
@@ -49,22 +51,43 @@ class Head(nn.Module):
         self.specs = {"weight": spec}
 
 
-class Decoder(nn.Module):
-    """`forward(x, step)` runs this stage; `head_weight` is what logits and loss multiply the result with."""
+class TiedHead(nn.Module):
+    """The embedding of a rank's first chunk as the output matrix of its last one: the same memory.
 
-    def __init__(self, build: Build, stage: Stage) -> None:
+    Where it trains its gradient is gathered apart from the embedding's and added to it at the end of a step
+    (`Gradients`), as when two ranks hold the ends: so the bits are the same.
+    """
+
+    def __init__(self, embedding: Embedding) -> None:
+        super().__init__()
+        weight = embedding.weight
+        self.weight = Master(weight.detach()) if isinstance(weight, Master) else weight
+
+
+class Decoder(nn.Module):
+    """`forward(x, step)` runs this stage; `head_weight` is what logits and loss multiply the result with.
+
+    tied_to: the embedding of this rank's first chunk, when this is its last one and the model's embeddings are tied.
+    both_ends: whether the model's first and last stage lie on this rank, as chunks or as one.
+    """
+
+    def __init__(
+        self, build: Build, stage: Stage, *, tied_to: Embedding | None = None, both_ends: bool = False
+    ) -> None:
         super().__init__()
         self.stage, self.ops, self.dtype, self.device = stage, build.ops, build.dtype, build.device
         self.architecture, self.here, self.tensor = build.architecture, build.here, build.tensor
         frequency, self.rope_factor = rope.frequencies(build.architecture)
         self.rope_frequency = frequency.to(build.device)
         tied = build.architecture.tied_embeddings
-        holds_embedding = stage.is_first or (stage.is_last and tied)
+        holds_embedding = stage.is_first or (stage.is_last and tied and tied_to is None)
         self.embed_tokens = Embedding(build, "model.embed_tokens") if holds_embedding else None
         self.layers = nn.ModuleDict({str(i): Block(build, i) for i in range(stage.start, stage.stop)})
         self.norm = Norm(build, "model.norm") if stage.is_last else None
-        self.lm_head = Head(build) if stage.is_last and not tied else None
-        if tied and self.embed_tokens is not None and not (stage.is_first and stage.is_last):
+        self.lm_head: Head | TiedHead | None = Head(build) if stage.is_last and not tied else None
+        if tied_to is not None:
+            self.lm_head = TiedHead(tied_to)
+        if tied and self.embed_tokens is not None and not both_ends:
             spec = self.embed_tokens.specs["weight"]
             self.embed_tokens.specs["weight"] = replace(spec, tied=True, owned=spec.owned if stage.is_first else None)
 

@@ -33,10 +33,10 @@ class Weights(Protocol):
         ...
 
 
-def stage_of(stages: Sequence[int], rank: int) -> Stage:
-    """The layers of pipeline rank `rank` when stage i holds `stages[i]` layers."""
+def stage_of(stages: Sequence[int], number: int) -> Stage:
+    """The layers of virtual stage `number` (a pipeline rank, where each has one) when stage i holds `stages[i]`."""
     ends = list(accumulate(stages))
-    return Stage(ends[rank] - stages[rank], ends[rank], ends[-1])
+    return Stage(ends[number] - stages[number], ends[number], ends[-1])
 
 
 def build_decoder(
@@ -50,9 +50,30 @@ def build_decoder(
     packed: bool = False,
     device: torch.device = CPU,
 ) -> Decoder:
-    """This rank's decoder; reads only the bytes of its own blocks. `stages` are layers per pipeline stage.
+    """This rank's decoder, where it has one chunk; as `build_chunks`."""
+    numbers = [mesh.pipeline.rank]
+    return build_chunks(
+        weights, mesh, stages, numbers, dtype=dtype, ops=ops, trainable=trainable, packed=packed, device=device
+    )[0]
 
-    packed: keep matrices in the layout that the backend multiplies fastest; only where they don't train.
+
+def build_chunks(
+    weights: Weights,
+    mesh: Mesh,
+    stages: Sequence[int],
+    numbers: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    ops: Ops,
+    trainable: bool,
+    packed: bool = False,
+    device: torch.device = CPU,
+) -> list[Decoder]:
+    """This rank's decoders, one for each chunk of layers; reads only the bytes of its own blocks.
+
+    stages: layers of each virtual stage, in the model's order. numbers: the virtual stages that this rank holds, in
+    rising order (`Plan.virtual_stage`). packed: keep matrices in the layout that the backend multiplies fastest; only
+    where they don't train. Tied embeddings whose ends are chunks of this rank are read and stored once.
     """
 
     def read(spec: Spec, stored: torch.dtype) -> Tensor:
@@ -70,4 +91,11 @@ def build_decoder(
         area=Area(),
         read=read,
     )
-    return Decoder(build, stage_of(stages, mesh.pipeline.rank))
+    parts = [stage_of(stages, number) for number in numbers]
+    both_ends = parts[0].is_first and parts[-1].is_last
+    shared = both_ends and len(parts) > 1 and weights.architecture.tied_embeddings
+    chunks: list[Decoder] = []
+    for part in parts:
+        tied_to = chunks[0].embed_tokens if shared and part.is_last else None
+        chunks.append(Decoder(build, part, tied_to=tied_to, both_ends=both_ends))
+    return chunks

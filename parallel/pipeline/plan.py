@@ -21,7 +21,7 @@ of actions is wrong as long as somebody can always go on.
 `schedules` makes plans, `verify` proves that they run, `timeline` says when, `show` draws them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -103,6 +103,12 @@ class Plan:
             return holder, Action("F", action.microbatch, chunk)
         part = Action("I", action.microbatch, chunk)
         return holder, part if (holder, part) in self._split else Action("B", action.microbatch, chunk)
+
+    @property
+    def forwards(self) -> "Plan":
+        """The plan without its backwards; its ranks still agree on the order of messages."""
+        rows = tuple(tuple(action for action in row if action.kind == "F") for row in self.actions)
+        return replace(self, actions=rows)
 
     @cached_property
     def _split(self) -> frozenset[tuple[int, Action]]:

@@ -26,6 +26,11 @@ LAYOUTS = {
     "alone": (1, []),
     "tensor3": (3, ["parallel.tensor=3"]),
 }
+SCHEDULES = {
+    "zbv": (2, ["parallel.pipeline=2", "parallel.schedule=zbv"]),
+    "interleaved": (2, ["parallel.pipeline=2", "parallel.schedule=interleaved", "parallel.stages=[1,1,1,2]"]),
+    "1f1b": (2, ["parallel.pipeline=2"]),
+}
 
 
 def run(folder: Path, layout: str, tune: str, steps: int, *more: str) -> int:
@@ -33,7 +38,7 @@ def run(folder: Path, layout: str, tune: str, steps: int, *more: str) -> int:
     data = folder / "chats.jsonl"
     if not data.exists():
         write_chats(data)
-    ranks, keys = LAYOUTS[layout]
+    ranks, keys = (LAYOUTS | SCHEDULES)[layout]
     arguments = [
         "model=tiny", f"data.path={data}", f"run_dir={folder / 'run'}", "optim.lr=0.003", "train.batch_size=6",
         "optim.schedule=cosine", "optim.decay_steps=8", f"train.steps={steps}", *TUNES[tune], *keys, *more,
@@ -82,6 +87,26 @@ def test_any_layout_resumes_another_ones_checkpoint(tmp_path: Path, tune: str) -
         assert len(found) == 4
         expected = expected or found
         assert found == pytest.approx(expected, rel=1e-5), layout
+
+
+@pytest.mark.parametrize("tune", ["full", "prefix"])
+def test_any_schedule_resumes_another_ones_checkpoint_bitwise(tmp_path: Path, tune: str) -> None:
+    start = tmp_path / "start"
+    start.mkdir()
+    run(start, "zbv", tune, 2)
+    expected = None
+    for schedule in SCHEDULES:
+        folder = tmp_path / schedule
+        folder.mkdir()
+        resume = start / "run" / "checkpoints" / "step-2"
+        more = [f"train.resume={resume}", f"data.path={start / 'chats.jsonl'}"]
+        run(folder, schedule, tune, 4, *more)
+        found = ([line["loss"] for line in metrics(folder / "run")], tensors(folder))
+        expected = expected or found
+        assert found[0] == expected[0]
+        assert found[1].keys() == expected[1].keys()
+        for name, tensor in expected[1].items():
+            assert tensor.equal(found[1][name]), (schedule, name)
 
 
 def test_saving_without_a_step_between_gives_the_same_bytes_under_every_layout(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from conf.check import check
-from conf.layout import balanced_stages
+from conf.layout import balanced_stages, virtual_stages
 from conf.load import load, read_saved, save
 from conf.schema import Architecture, Config, ConfigError, ParallelConf, RopeScaling
+from parallel.pipeline.plan import Action, Plan
 from tests.conf_cases import SMOLLM2, TINY, checked
 
 pytestmark = pytest.mark.usefixtures("a_folder_with_rows")
@@ -48,7 +49,9 @@ class TestDerivedValues:
     def test_without_a_launch_the_degree_stays_open(self) -> None:
         assert checked(ranks=None).parallel.data is None
         job = load(["data.path=rows.jsonl", "parallel.tensor=2", "nodes=2"], "submit")
-        assert check(job, "submit", 1, SMOLLM2).parallel == ParallelConf(tensor=2, stages=(30,), microbatches=1)
+        assert check(job, "submit", 1, SMOLLM2).parallel == ParallelConf(
+            tensor=2, stages=(30,), microbatches=1, virtual_stages=1
+        )
         preview = load(["data.path=rows.jsonl", "parallel.tensor=2"], "preview")
         assert check(preview, "preview", 1, SMOLLM2).parallel.tensor == 2
 
@@ -164,7 +167,61 @@ class TestLayout:
         ]
         assert checked("parallel.stages=[29,1]", "parallel.pipeline=2", ranks=2).parallel.stages == (29, 1)
 
-    @pytest.mark.parametrize("setting", ["parallel.context=2", "parallel.sequence=true", "parallel.virtual_stages=2"])
+    def test_chunks_of_layers_per_rank(self) -> None:
+        for schedule, chunks in {"gpipe": 1, "1f1b": 1, "zero_bubble": 1, "interleaved": 2, "zbv": 2}.items():
+            parallel = checked(f"parallel.schedule={schedule}", "parallel.pipeline=2", ranks=2).parallel
+            assert (parallel.virtual_stages, len(parallel.stages)) == (chunks, 2 * chunks)
+        given = checked(
+            "parallel.schedule=interleaved", "parallel.virtual_stages=3", "parallel.stages=[20,2,2,2,2,2]",
+            "parallel.pipeline=2", ranks=2,
+        )  # fmt: skip
+        assert given.parallel.virtual_stages == 3
+        assert given.parallel.stages == (20, 2, 2, 2, 2, 2)
+
+    @pytest.mark.parametrize(
+        ("argv", "message"),
+        [
+            (
+                ["parallel.schedule=interleaved", "parallel.virtual_stages=1"],
+                "parallel.virtual_stages=1 leaves parallel.schedule=interleaved nothing to interleave; "
+                "use parallel.virtual_stages>=2, or parallel.schedule=1f1b",
+            ),
+            (
+                ["parallel.schedule=zbv", "parallel.virtual_stages=3"],
+                "parallel.virtual_stages=3 does not fit parallel.schedule=zbv, whose ranks hold 2 chunks; "
+                "use parallel.virtual_stages=2, or parallel.schedule=interleaved",
+            ),
+            (
+                ["parallel.schedule=zero_bubble", "parallel.virtual_stages=2"],
+                "parallel.virtual_stages=2 does not fit parallel.schedule=zero_bubble, whose ranks hold 1 chunk; "
+                "use parallel.virtual_stages=1, or parallel.schedule=interleaved",
+            ),
+            (
+                ["parallel.schedule=interleaved", "parallel.virtual_stages=16"],
+                "parallel.pipeline=2 * parallel.virtual_stages=16 = 32 virtual stages exceed the model's "
+                "num_layers=30; use fewer of one of them, or parallel.schedule=1f1b or zero_bubble with "
+                "parallel.virtual_stages=1",
+            ),
+            (
+                ["parallel.schedule=zbv", "parallel.stages=[15,15]"],
+                "parallel.stages=[15,15] has 2 stages but parallel.pipeline=2 * parallel.virtual_stages=2 = 4; "
+                "give the layers of each virtual stage, in the model's order",
+            ),
+        ],
+    )
+    def test_chunks_that_do_not_fit(self, argv: list[str], message: str) -> None:
+        assert refused(*argv, "parallel.pipeline=2", ranks=2) == message
+
+    @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zbv"])
+    @pytest.mark.parametrize("ranks", [1, 2, 5])
+    def test_chunks_lie_where_the_plan_puts_them(self, schedule: str, ranks: int) -> None:
+        chunks = 1 if schedule == "1f1b" else 2
+        parallel = ParallelConf(pipeline=ranks, schedule=schedule)  # pyright: ignore[reportArgumentType]
+        plan = Plan(ranks, chunks, 0, ((),) * ranks, "vee" if schedule == "zbv" else "loop")
+        for rank, held in enumerate(virtual_stages(parallel)):
+            assert held == tuple(plan.virtual_stage(rank, Action("F", 0, chunk)) for chunk in range(chunks))
+
+    @pytest.mark.parametrize("setting", ["parallel.context=2", "parallel.sequence=true"])
     def test_what_is_planned_is_refused(self, setting: str) -> None:
         key, _, value = setting.partition("=")
         default = {"2": "1", "true": "false"}[value]
@@ -352,10 +409,10 @@ class TestAllAtOnce:
         assert [line.startswith(start) for line, start in zip(lines, beginnings, strict=True)] == [True] * 7
 
     def test_configs_built_in_code_have_their_types_checked(self) -> None:
-        config = Config(parallel=ParallelConf(schedule="zbv", tensor="two"))  # pyright: ignore[reportArgumentType]
+        config = Config(parallel=ParallelConf(schedule="pipedream", tensor="two"))  # pyright: ignore[reportArgumentType]
         with pytest.raises(ConfigError) as caught:
             check(config, "train", 1, SMOLLM2)
         assert str(caught.value).split("\n") == [
             "parallel.tensor=two is not an integer or null",
-            "parallel.schedule=zbv is not available yet; use one of gpipe, 1f1b",
+            "parallel.schedule=pipedream is not available yet; use one of gpipe, 1f1b, interleaved, zero_bubble, zbv",
         ]

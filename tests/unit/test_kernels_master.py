@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from conf.schema import OptimConf
-from kernels import cpu_linear
-from kernels.master import Master, packs_kept
+from kernels import cpu_linear, dispatch
+from kernels.master import Master, packs_kept, put_off
 from kernels.ops import Ops, Packed, Part
 from parallel.sharding import Spec, whole
 from tests.backends import BACKENDS, backend
@@ -154,3 +154,53 @@ def test_a_sum_goes_on_where_the_pass_before_left_it(dtype):
             (ops.linear(x[first:last], w) * weight[first:last]).sum().backward()
         results.append(w.grad)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("compiled", torch.float32), ("compiled", torch.bfloat16), ("torch", torch.float32), ("exact", torch.float64)],
+)
+def test_gradients_put_off_have_the_bits_of_those_that_are_not(name, dtype, recompute, in_place):
+    """Of two microbatches, the second one's inputs going backward before the first one's weights."""
+    ops = dispatch.select(torch.device("cpu"), dtype) if name == "exact" else backend(name, dtype)
+    stored = torch.float64 if dtype == torch.float64 else torch.float32
+    start = [draw(50, 40, seed=2).to(stored), draw(9, 40, seed=3).to(stored), draw(40, 50, seed=4).to(stored)]
+
+    def losses(weights: list[Master]) -> list[tuple[Tensor, Tensor]]:
+        def block(x: Tensor) -> Tensor:
+            a, b = ops.linears(x, (Part(weights[0]), Part(weights[1])))
+            return ops.linear(a.square(), weights[2]).square().sum() + b.sum()
+
+        inputs = [draw(rows, 40, seed=rows).to(dtype).requires_grad_() for rows in (3, 70)]
+        return [(x, checkpoint(block, x, use_reentrant=False) if recompute else block(x)) for x in inputs]
+
+    def fresh() -> list[Master]:
+        weights = [Master(w.clone()) for w in start]
+        for w in weights:
+            w.grad, w.adds_gradients = torch.zeros_like(w, requires_grad=False), in_place
+        return weights
+
+    at_once, late, arrived = fresh(), fresh(), []
+    expected, found = losses(at_once), losses(late)
+    for _, loss in expected:
+        loss.backward()
+    queues = []
+    for w in late:
+        w.arrived = arrived.append
+    for _, loss in found:
+        with put_off(late) as queue:
+            loss.backward()
+        queues.append(queue)
+    assert [len(queue) for queue in queues] == [3, 3]
+    assert [w.left for w in late] == [2, 2, 2]
+    assert not any(w.grad.any() for w in late)
+    for queue in queues:
+        while queue:
+            queue.popleft()()
+    assert len(arrived) == 6
+    for (x, _), (y, _) in zip(expected, found, strict=True):
+        assert torch.equal(x.grad, y.grad)
+    for w, v in zip(at_once, late, strict=True):
+        assert torch.equal(w.grad, v.grad)
