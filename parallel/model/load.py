@@ -48,11 +48,13 @@ def build_decoder(
     ops: Ops,
     trainable: bool,
     packed: bool = False,
+    sequence: bool = False,
     device: torch.device = CPU,
 ) -> Decoder:
     """This rank's decoder; reads only the bytes of its own blocks. `stages` are layers per pipeline stage.
 
-    packed: keep matrices in the layout that the backend multiplies fastest; only where they don't train.
+    packed: keep matrices in the layout that the backend multiplies fastest; only where they don't train. sequence: the
+    steps split their tokens over the tensor ranks (`parallel.sequence`).
     """
 
     def read(spec: Spec, stored: torch.dtype) -> Tensor:
@@ -60,7 +62,7 @@ def build_decoder(
 
     build = Build(
         architecture=weights.architecture,
-        here=cut(weights.architecture, mesh.tensor.size, mesh.tensor.rank),
+        here=cut(weights.architecture, mesh.tensor.size, mesh.tensor.rank, sequence=sequence),
         tensor=mesh.tensor,
         ops=ops,
         device=device,
