@@ -17,6 +17,7 @@ from parallel.comm import Group, Launch
 from parallel.mesh import Mesh
 from parallel.sequence import Split
 from tests.dist.test_training_parity import TUNES, alone, assert_same
+from tests.kept import a_layer_keeps, formula, needs_cpu_kernels
 from tests.models import BIASED, TINY, RandomWeights
 from tests.ranks import needs_shared_memory, on_ranks
 from tests.training import Outcome, Run, layout, rows_of, train, train_rank
@@ -124,6 +125,19 @@ def test_a_prefix_gathers_nothing_twice() -> None:
     assert calls["all_gather", "tensor"] == (2 * layers + 1) + 2 * layers
     # what enters the first layer needs no gradient, nor does the embedding
     assert calls["reduce_scatter", "tensor"] == (1 + 2 * layers) + (2 * layers - 1 + 1)
+
+
+def _keeps(launch: Launch, run: Run) -> tuple[int, int]:
+    return a_layer_keeps(launch, run), formula(launch, run)
+
+
+@needs_cpu_kernels
+def test_what_a_layer_keeps() -> None:
+    run = layout(tensor=2, dtype="float32")
+    for recompute in ("none", "selective"):
+        for sequence in (False, True):
+            for counted, expected in on_ranks(2, _keeps, replace(run, sequence=sequence, recompute=recompute)):
+                assert counted == expected
 
 
 def _own(x: Tensor, group: Group, at: Split) -> Tensor:
