@@ -16,7 +16,7 @@ from parallel import comm, regions, tensor
 from parallel.comm import Group, Launch
 from parallel.mesh import Mesh
 from parallel.sequence import Split
-from tests.dist.test_training_parity import TUNES, alone, assert_same
+from tests.dist.test_training_parity import PREFIX, TUNES, _evaluate, alone, assert_same
 from tests.kept import a_layer_keeps, formula, needs_cpu_kernels
 from tests.models import BIASED, TINY, RandomWeights
 from tests.ranks import needs_shared_memory, on_ranks
@@ -56,6 +56,12 @@ def test_untied_models_with_biases() -> None:
 def test_ten_steps_end_where_one_process_ends() -> None:
     run = layout(tensor=3, sequence=True, steps=10, microbatches=3, recompute="selective")
     assert_same(train(run), alone("full", 10), 1e-8)
+
+
+def test_validation_loss_is_that_of_one_process() -> None:
+    run = layout(tensor=2, pipeline=2, sequence=True, recompute="selective", microbatches=3, tune=PREFIX)
+    expected = _evaluate(Launch(), Run(tune=PREFIX))
+    assert on_ranks(4, _evaluate, run) == [pytest.approx(expected, rel=1e-10)] * 4
 
 
 def same_bits(run: Outcome, other: Outcome, but: Callable[[str], bool] = lambda _: False) -> None:
