@@ -150,6 +150,9 @@ def _training(config: Config) -> list[str]:
         problems.append(f"optim.min_lr={optim.min_lr} exceeds optim.lr={optim.lr}; use a smaller one")
     if train.resume not in ("auto", "never") and not Path(train.resume).is_dir():
         problems.append(f"train.resume={train.resume} is not auto, never or a checkpoint's directory")
+    if config.parallel.sequence and config.parallel.tensor in (None, 1):
+        advice = "remove it or set parallel.tensor>1"
+        problems.append(f"parallel.sequence=true has no effect with parallel.tensor=1; {advice}")
     return problems + _targets(config)
 
 

@@ -25,7 +25,6 @@ PLANNED: Mapping[str, tuple[str, ...]] = {
     "optim": ("zero1", "deepspeed"),
     "parallel.schedule": ("pipedream",),
     "parallel.context_method": ("all_gather", "ulysses"),
-    "parallel.recompute": ("selective",),
     "schedule": ("pipedream",),
 }
 
@@ -107,7 +106,9 @@ class ParallelConf:
     stages: Literal["auto"] | tuple[int, ...] = option(
         "auto", "Layers of each (virtual) stage, as [8,7,7,8]; auto balances weights.", FROM_1
     )
-    sequence: bool = option(False, "Sequence parallelism in the tensor group.", only=TRAINING, later=True)
+    sequence: bool = option(
+        False, "Sequence parallelism: tensor ranks share the tokens between their linears.", only=TRAINING
+    )
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv"] = option(
         "1f1b", "Pipeline schedule.", only=TRAINING
     )
@@ -115,7 +116,7 @@ class ParallelConf:
         None, "Chunks of layers per rank; default 1, with interleaved and zbv 2.", FROM_1, only=TRAINING
     )
     context_method: Literal["ring"] = option("ring", "Attention across context ranks.", only=TRAINING)
-    recompute: Literal["none", "full"] = option(
+    recompute: Literal["none", "selective", "full"] = option(
         "none", "Activations recomputed in backward instead of kept.", only=TRAINING
     )
     microbatches: int | None = option(

@@ -6,7 +6,7 @@ buckets before it were started (every rank thus starts them in the same order):
 
     reduce     group                      what it completes
     none       data + context             the sum over the rows of other ranks
-    tensor     data + context + tensor    also the partial sums of replicated factors (LoRA)
+    tensor     data + context + tensor    also the partial sums of replicated ones (LoRA; norms where tokens are split)
 
 A ring all-reduce adds in an order that depends on the place in the buffer. So parameters that every tensor rank holds
 whole have buckets of their own, laid out alike on all of them: their gradients agree bitwise.

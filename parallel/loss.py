@@ -16,23 +16,33 @@ from torch import Tensor
 from kernels.dispatch import Ops
 from kernels.master import Master
 from kernels.ops import Packed, Weight
-from parallel import comm
+from parallel import comm, regions
 from parallel.comm import Group
+from parallel.sequence import Split
 
 ROWS = 512
 """Rows of logits held at a time: the same on every rank, whatever its cut of the vocabulary."""
 
 
 def cross_entropy(
-    hidden_BD: Tensor, weight_VD: Weight, target_B: Tensor, *, first_row: int, tensor: Group, ops: Ops
+    hidden_BD: Tensor,
+    weight_VD: Weight,
+    target_B: Tensor,
+    *,
+    first_row: int,
+    tensor: Group,
+    ops: Ops,
+    split: Split | None = None,
 ) -> Tensor:
     """Sum over B of `-log softmax(hidden W^T)[target]`, a float32 (float64) scalar, replicated over tensor.
 
     hidden_BD: normed states in the compute dtype. weight_VD: this rank's rows of the output matrix, the first being
-    row `first_row`; a master, or packed. target_B: int64 global ids. Communicates 3 floats a row forward (max, sum,
-    target logit), and the gradient of hidden backward (B * D, all-reduce).
+    row `first_row`; a master, or packed. target_B: int64 global ids. split: how the rows of hidden fall on the ranks,
+    of which each then has its own [B_r, D]. Communicates 3 floats a row forward (max, sum, target logit), and the
+    gradient of hidden backward (B * D, all-reduce; with a split gathered forward, reduce-scattered backward).
     """
     trained = weight_VD if isinstance(weight_VD, Tensor) else None
+    hidden_BD = regions.enter(hidden_BD, tensor, split)
     return _CrossEntropy.apply(hidden_BD, trained, weight_VD, target_B, first_row, tensor, ops)  # type: ignore[no-any-return]
 
 
@@ -77,14 +87,14 @@ class _CrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 ops.add_weight_gradient(grad_weight, grad, hidden_BD[rows])
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.tensor, ctx.dtype, ctx.trained = tensor, dtype, trained_VD
+        ctx.dtype, ctx.trained = dtype, trained_VD
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = comm.all_reduce((grad_hidden * grads[0]).to(ctx.dtype), ctx.tensor)
+            grad_hidden = (grad_hidden * grads[0]).to(ctx.dtype)
         if grad_weight is not None:
             grad_weight = _scaled(grad_weight, grads[0], ctx.trained)
         return grad_hidden, grad_weight, None, None, None, None, None

@@ -67,6 +67,8 @@ class Cut:
     """For each local query head, the local KV head it reads."""
     kv_overlap: bool
     """Whether some KV head lives on several ranks, whose gradients must then be added."""
+    sequence: bool = False
+    """Whether the rank has but a share of the tokens where parameters are replicated: their gradients are partial."""
 
     @property
     def num_heads(self) -> int:
@@ -79,8 +81,11 @@ class Cut:
         return self.kv_heads[1] - self.kv_heads[0]
 
 
-def cut(architecture: Architecture, size: int, rank: int) -> Cut:
-    """The cut of tensor rank `rank` of `size`; `size` is at most the number of query heads."""
+def cut(architecture: Architecture, size: int, rank: int, *, sequence: bool = False) -> Cut:
+    """The cut of tensor rank `rank` of `size`; `size` is at most the number of query heads.
+
+    sequence: tokens are split over the ranks between the tensor regions (`parallel.sequence`).
+    """
     cuts = [_head_ranges(architecture, size, r) for r in range(size)]
     heads, kv_heads = cuts[rank]
     first_owned = max([kv_heads[0], *(kv[1] for _, kv in cuts[:rank])])
@@ -96,6 +101,7 @@ def cut(architecture: Architecture, size: int, rank: int) -> Cut:
         vocab=(vocab[rank], vocab[rank + 1]),
         kv_index=tuple(head // group - kv_heads[0] for head in range(*heads)),
         kv_overlap=any(a[1][1] > b[1][0] for a, b in itertools.pairwise(cuts)),
+        sequence=sequence,
     )
 
 
@@ -173,7 +179,8 @@ def place(name: str, shape: Sequence[int], architecture: Architecture, here: Cut
     full = whole(shape)
     suffix = ".".join(name.rsplit(".", 2)[-2:])
     if suffix not in TABLE:
-        return Spec(name=name, shape=tuple(shape), index=full, owned=full if here.rank == 0 else None)
+        reduce = "tensor" if here.sequence and here.size > 1 else "none"
+        return Spec(name=name, shape=tuple(shape), index=full, owned=full if here.rank == 0 else None, reduce=reduce)
     dim, unit = TABLE[suffix]
     width = architecture.head_dim if unit in ("heads", "kv_heads") else 1
     start, stop = getattr(here, unit)

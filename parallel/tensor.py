@@ -1,8 +1,8 @@
 """Tensor-parallel layers: linears cut by rows or columns, and the vocabulary-parallel embedding.
 
 Scheme of Megatron-LM (arXiv:1909.08053, sec. 3): a column-parallel linear makes this rank's heads or ffn columns
-from replicated input, a row-parallel one turns them into a partial sum that `regions.leave` completes. Cuts may be
-uneven; weights hold exactly this rank's block.
+from all tokens (`together` enters the region), a row-parallel one turns them into a partial sum that `regions.leave`
+completes. Cuts may be uneven; weights hold exactly this rank's block.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from parallel import regions
 from parallel.comm import Group
 from parallel.model.step import Segment, Step
 from parallel.randomness import keep_mask
+from parallel.recompute import Make, made_again
+from parallel.sequence import Split
 from parallel.sharding import Cut, Spec, place
 
 
@@ -107,8 +109,9 @@ class Lora(nn.Module):
 class Linear(nn.Module):
     """`y = x W^T (+ bias)` on this rank's block, with adapters.
 
-    Column-parallel: x [T, K] replicated (inside `regions.enter`), y [T, N/tp]. Row-parallel: x [T, K/tp], y [T, N]
-    summed over the tensor axis (one all-reduce of T * N elements), bias added once after it.
+    Column-parallel: x [T, K] inside the region (`together` enters it), y [T, N/tp]. Row-parallel: x [T, K/tp], y [T, N]
+    summed over the tensor axis (one all-reduce of T * N elements; with a split one reduce-scatter to [T_r, N]), bias
+    added once after it.
     """
 
     def __init__(self, build: Build, name: str, out_width: int, in_width: int, *, bias: bool, row: bool) -> None:
@@ -126,7 +129,7 @@ class Linear(nn.Module):
         part = self.part(x_TK, step)
         if not self.row:
             return self.ops.linear(x_TK, part.w_NK, part.bias_N, part.updates)
-        y_TN = regions.leave(self.ops.linear(x_TK, part.w_NK, None, part.updates), self.tensor)
+        y_TN = regions.leave(self.ops.linear(x_TK, part.w_NK, None, part.updates), self.tensor, step.split)
         return y_TN if part.bias_N is None else y_TN + part.bias_N
 
     def part(self, x_TK: Tensor, step: Step) -> Part:
@@ -139,10 +142,21 @@ class Linear(nn.Module):
         return Part(self.weight, None if self.bias is None else self.bias.to(x_TK.dtype), updates)
 
 
-def together(linears: Sequence[Linear], x_TK: Tensor, step: Step) -> tuple[Tensor, ...]:
-    """Column-parallel linears of the same x in one kernel call: their outputs [T, N_i/tp]."""
+def together(linears: Sequence[Linear], x_TK: Tensor, again: Make, step: Step) -> tuple[Tensor, ...]:
+    """Column-parallel linears of the same x in one kernel call: their outputs [T, N_i/tp].
+
+    x: [T, K] replicated or, with a split, this rank's share [T_r, K]. That is gathered here (T * K elements) and, where
+    weights need it for their gradients, once more in the backward pass: only the share is kept (arXiv:2205.05198,
+    sec. 4.2.2). again: makes x; with selective recomputation it is called instead of keeping x.
+    """
     assert not any(linear.row for linear in linears), "row-parallel linears are reduced one by one"
-    return linears[0].ops.linears(x_TK, [linear.part(x_TK, step) for linear in linears])
+    tensor, split = linears[0].tensor, step.split
+    inside_TK = regions.enter(x_TK, tensor, split)
+    share = again if step.recompute == "selective" else x_TK.detach
+    make = lambda: regions.gather(share(), tensor, split)  # noqa: E731
+    keeps = step.recompute == "full" or (step.recompute == "none" and split is None)
+    with made_again((inside_TK, None if keeps else make)):
+        return linears[0].ops.linears(inside_TK, [linear.part(inside_TK, step) for linear in linears])
 
 
 class Embedding(nn.Module):
@@ -156,16 +170,19 @@ class Embedding(nn.Module):
         spec, self.weight = build.matrix(f"{name}.weight", architecture.vocab_size, architecture.width)
         self.specs = {"weight": spec}
 
-    def forward(self, ids_T: Tensor) -> Tensor:
-        """int64 [T] -> [T, D] in the compute dtype, replicated (one all-reduce of T * D elements)."""
+    def forward(self, ids_T: Tensor, split: Split | None = None) -> Tensor:
+        """int64 [T] -> [T, D] in the compute dtype, replicated (one all-reduce of T * D elements).
+
+        With a split -> this rank's share [T_r, D] (one reduce-scatter).
+        """
         if self.tensor.size == 1:
             return self.ops.embedding(ids_T, self.weight).to(self.dtype)
         x_TD = self.ops.embedding(ids_T, self.weight, self.start).to(self.dtype)
-        return regions.leave(x_TD, self.tensor)
+        return regions.leave(x_TD, self.tensor, split)
 
 
 class Norm(nn.Module):
-    """RMSNorm with a replicated weight; its gradient is whole on every tensor rank."""
+    """RMSNorm with a replicated weight; its gradient is whole on every tensor rank, where tokens are split partial."""
 
     def __init__(self, build: Build, name: str) -> None:
         super().__init__()
@@ -179,3 +196,7 @@ class Norm(nn.Module):
         if delta_TD is None:
             return x_TD, self.ops.rms_norm(x_TD, weight, self.eps)
         return self.ops.add_rms_norm(x_TD, delta_TD, weight, self.eps)
+
+    def again(self, x_TD: Tensor) -> Tensor:
+        """The second result of `forward` from its first, bitwise."""
+        return self.ops.rms_norm(x_TD, self.weight.to(x_TD.dtype), self.eps)

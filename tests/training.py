@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -46,6 +46,7 @@ class Run:
     virtual_stages: int = 1
     plan: Plan | None = None
     """Executed instead of the schedule's."""
+    sequence: bool = False
     recompute: str = "none"
     packing: bool = True
     tune: TuneConf = field(default_factory=lambda: TuneConf(kind="full"))
@@ -73,6 +74,7 @@ class Run:
                 data=self.data,
                 pipeline=self.pipeline,
                 tensor=self.tensor,
+                sequence=self.sequence,
                 stages=stages,
                 virtual_stages=self.virtual_stages,
                 schedule=self.schedule,  # pyright: ignore[reportArgumentType]
@@ -108,9 +110,10 @@ def rows_of(step: int, batch_size: int, vocab: int) -> list[Row]:
     return rows
 
 
-def train(run: Run) -> Outcome:
-    """Runs it, on forked ranks if the layout has several."""
-    parts = on_ranks(run.ranks, train_rank, run) if run.ranks > 1 else [train_rank(Launch(), run)]
+def train(run: Run, each: Callable[..., Any] | None = None, *args: Any) -> Outcome:
+    """Runs it, on forked ranks if the layout has several; each does `each(launch, run, *args)`, or `train_rank`."""
+    part = each or train_rank
+    parts = on_ranks(run.ranks, part, run, *args) if run.ranks > 1 else [part(Launch(), run, *args)]
     losses, norms = parts[0][:2]
     for other in parts[1:]:
         assert other[0] == losses

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from parallel.model.load import CPU, Weights, build_chunks
 from parallel.model.step import Segment, Step
 from parallel.pipeline.run import Border
 from parallel.randomness import DropoutKey
+from parallel.sequence import Split
 from parallel.sharding import Spec
 from train.batches import Microbatch
 
@@ -39,7 +41,7 @@ class Model:
     mesh: Mesh
     adapter: Adapter | None
     prefix: Prefix | None
-    recompute: bool
+    recompute: Literal["none", "selective", "full"]
 
     @property
     def decoder(self) -> Decoder:
@@ -73,7 +75,8 @@ class Model:
     ) -> Tensor:
         """A chunk's part of a forward pass: hidden states [T, D], on the model's last one the loss's sum.
 
-        batch: the packed tokens, the same on every stage. hidden: [T, D] from the chunk before, None on the first.
+        batch: the packed tokens, the same on every stage. hidden: [T, D] from the chunk before, None on the first. With
+        sequence parallelism hidden states are this rank's share [T_r, D].
         """
         decoder = self.chunks[chunk]
         attend = DocumentAttend(
@@ -84,6 +87,7 @@ class Model:
             None if step_prefix is None else step_prefix.layers(chunk, decoder.dtype),
             decoder.stage.start,
         )
+        split = self._split(batch)
         offset = 0 if self.prefix is None or self.adapter is None else self.adapter.virtual_tokens
         uses_lora = self.adapter is not None and self.adapter.kind == "lora"
         step = Step(
@@ -92,7 +96,8 @@ class Model:
             adapters=(Segment(0, batch.num_tokens, SLOT),) if uses_lora else (),
             rows=batch.target_rows,
             dropout=dropout,
-            recompute=self.recompute and torch.is_grad_enabled(),
+            split=split,
+            recompute=self.recompute if torch.is_grad_enabled() else "none",
         )
         x = decoder(batch.ids_T if hidden is None else hidden, step)
         if not decoder.stage.is_last:
@@ -104,12 +109,20 @@ class Model:
             first_row=decoder.here.vocab[0],
             tensor=decoder.tensor,
             ops=decoder.ops,
+            split=None if split is None else split.of_rows(batch.target_rows),
         )
 
     def border(self, batches: Sequence[Microbatch]) -> Border:
-        """The hidden states [T, D] of the microbatches between stages."""
-        shapes = [(batch.num_tokens, self.decoder.architecture.width) for batch in batches]
+        """The hidden states [T, D] of the microbatches between stages; of this rank's share, if tokens are split."""
+        splits = [self._split(batch) for batch in batches]
+        tokens = [
+            batch.num_tokens if split is None else split.size for batch, split in zip(batches, splits, strict=True)
+        ]
+        shapes = [(count, self.decoder.architecture.width) for count in tokens]
         return Border(shapes, self.decoder.dtype, self.decoder.device)
+
+    def _split(self, batch: Microbatch) -> Split | None:
+        return Split.of(batch.num_tokens, self.decoder.tensor) if self.decoder.here.sequence else None
 
 
 def build_model(
@@ -132,9 +145,18 @@ def build_model(
     full = tune.kind == "full"
     numbers = virtual_stages(config.parallel)[mesh.pipeline.rank]
     chunks = build_chunks(
-        weights, mesh, stages, numbers, dtype=dtype, ops=ops, trainable=full, packed=not full, device=device
+        weights,
+        mesh,
+        stages,
+        numbers,
+        dtype=dtype,
+        ops=ops,
+        trainable=full,
+        packed=not full,
+        sequence=config.parallel.sequence,
+        device=device,
     )
-    recompute = config.parallel.recompute == "full"
+    recompute = config.parallel.recompute
     if full:
         return Model(chunks, mesh, None, None, recompute)
     adapter = from_tune(tune, architecture)

@@ -102,25 +102,28 @@ class Decoder(nn.Module):
         """Runs this stage's layers.
 
         x: int64 ids [T] on the first stage, hidden states [T, D] on the others. Returns hidden states [T, D], or on
-        the last stage the normed states of `step.rows` [rows, D].
+        the last stage the normed states of `step.rows` [rows, D]. With a split hidden states are this rank's share
+        [T_r, D], and the rows those among them.
         """
         if self.stage.is_first:
             assert self.embed_tokens is not None
-            x = self.embed_tokens(x)
+            x = self.embed_tokens(x, step.split)
         angles = self.ops.rotary_angles(step.position_T, self.rope_frequency, self.rope_factor, self.dtype)
         delta: Tensor | None = None  # of the last block, not yet added to x
         for layer in self.layers.values():
-            if step.recompute:  # of the sum: one tensor a block is kept
+            if step.recompute == "full":  # of the sum: one tensor a block is kept
+                whole, nothing = _added(x, delta), None if delta is None else _nothing(delta)
                 x, delta = checkpoint(
-                    layer, _added(x, delta), None, angles, step, use_reentrant=False, preserve_rng_state=False
+                    layer, whole, nothing, angles, step, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 x, delta = layer(x, delta, angles, step)
         if self.norm is None:
             return _added(x, delta)
         if step.rows is not None:
-            x = self.ops.embedding(step.rows, x)
-            delta = None if delta is None else self.ops.embedding(step.rows, delta)
+            rows = step.rows if step.split is None else step.split.local(step.rows)
+            x = self.ops.embedding(rows, x)
+            delta = None if delta is None else self.ops.embedding(rows, delta)
         return self.norm(x, delta)[1]
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
@@ -134,6 +137,12 @@ class Decoder(nn.Module):
 
 def _added(x_TD: Tensor, delta_TD: Tensor | None) -> Tensor:
     return x_TD if delta_TD is None else x_TD + delta_TD
+
+
+def _nothing(delta_TD: Tensor) -> Tensor:
+    """A delta that changes no bit of a sum and takes no memory: the norm behind it rounds the gradient of the residual
+    stream once, as it does without recomputation."""
+    return delta_TD.new_full((1, 1), -0.0).expand_as(delta_TD)
 
 
 def placed(module: nn.Module) -> Iterator[tuple[Spec, nn.Parameter]]:

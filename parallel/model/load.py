@@ -67,13 +67,15 @@ def build_chunks(
     ops: Ops,
     trainable: bool,
     packed: bool = False,
+    sequence: bool = False,
     device: torch.device = CPU,
 ) -> list[Decoder]:
     """This rank's decoders, one for each chunk of layers; reads only the bytes of its own blocks.
 
     stages: layers of each virtual stage, in the model's order. numbers: the virtual stages that this rank holds, in
     rising order (`Plan.virtual_stage`). packed: keep matrices in the layout that the backend multiplies fastest; only
-    where they don't train. Tied embeddings whose ends are chunks of this rank are read and stored once.
+    where they don't train. sequence: the steps split their tokens over the tensor ranks (`parallel.sequence`). Tied
+    embeddings whose ends are chunks of this rank are read and stored once.
     """
 
     def read(spec: Spec, stored: torch.dtype) -> Tensor:
@@ -81,7 +83,7 @@ def build_chunks(
 
     build = Build(
         architecture=weights.architecture,
-        here=cut(weights.architecture, mesh.tensor.size, mesh.tensor.rank),
+        here=cut(weights.architecture, mesh.tensor.size, mesh.tensor.rank, sequence=sequence),
         tensor=mesh.tensor,
         ops=ops,
         device=device,

@@ -6,11 +6,12 @@ Training, evaluation and paged serving run the same decoder; they differ only in
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from parallel.randomness import DropoutKey
+from parallel.sequence import Split
 
 Angles = tuple[Tensor, Tensor]
 """cos and sin [T, H] of the tokens' rotary angles, in the working dtype."""
@@ -46,8 +47,10 @@ class Step:
     adapters: tuple[Segment, ...] = ()
     """Disjoint, ascending; tokens outside every segment use the plain model."""
     rows: Tensor | None = None
-    """int64: tokens whose last hidden state is wanted, None for all."""
+    """int64: tokens whose last hidden state is wanted, None for all; ascending where tokens are split."""
     dropout: DropoutKey | None = None
     """None in evaluation and serving: no dropout."""
-    recompute: bool = False
-    """Keep only each block's input and recompute the rest in the backward pass."""
+    split: Split | None = None
+    """How the tokens are shared out between the tensor regions (sequence parallelism); None: every rank has all."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again (`parallel.recompute`); full keeps only each block's input."""

@@ -221,11 +221,17 @@ class TestLayout:
         for rank, held in enumerate(virtual_stages(parallel)):
             assert held == tuple(plan.virtual_stage(rank, Action("F", 0, chunk)) for chunk in range(chunks))
 
-    @pytest.mark.parametrize("setting", ["parallel.context=2", "parallel.sequence=true"])
+    @pytest.mark.parametrize("setting", ["parallel.context=2"])
     def test_what_is_planned_is_refused(self, setting: str) -> None:
-        key, _, value = setting.partition("=")
-        default = {"2": "1", "true": "false"}[value]
-        assert f"{setting} is not available yet; leave {key} at {default}" in refused(setting)
+        key = setting.removesuffix("=2")
+        assert f"{setting} is not available yet; leave {key} at 1" in refused(setting)
+
+    def test_sequence_parallelism_needs_tensor_ranks(self) -> None:
+        for settings in (["parallel.sequence=true"], ["parallel.sequence=true", "parallel.tensor=1"]):
+            assert refused(*settings) == (
+                "parallel.sequence=true has no effect with parallel.tensor=1; remove it or set parallel.tensor>1"
+            )
+        assert checked("parallel.sequence=true", "parallel.tensor=3", ranks=3).parallel.sequence
 
     def test_serving_has_no_replicas(self) -> None:
         assert "parallel.data=2 is not possible in serve: there are no replicas yet; use parallel.data=1" in refused(

@@ -53,7 +53,7 @@ REFUSED = {
         "model=./dir": "did you mean model.path=./dir?",
         "parallel.schedule=pipedream": "is not available yet; use one of gpipe, 1f1b, interleaved, zero_bubble, zbv",
         "parallel.schedule=gpip": "is not one of gpipe, 1f1b, interleaved, zero_bubble, zbv; did you mean gpipe?",
-        "parallel.recompute=selective": "is not available yet",
+        "parallel.recompute=some": "is not one of none, selective, full",
         "parallel.tensor=two": "is not an integer or null",
         "parallel.pipeline=null": "is not an integer",
         "parallel.pipeline=": "is not an integer",
