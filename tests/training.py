@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +38,9 @@ class Run:
     data: int = 1
     pipeline: int = 1
     tensor: int = 1
+    context: int = 1
+    context_method: str = "ring"
+    ulysses: int | None = None
     schedule: str = "1f1b"
     microbatches: int = 1
     stages: tuple[int, ...] | None = None
@@ -53,7 +56,7 @@ class Run:
     @property
     def ranks(self) -> int:
         """Ranks that the layout takes."""
-        return self.data * self.pipeline * self.tensor
+        return self.data * self.pipeline * self.context * self.tensor
 
     @property
     def config(self) -> Config:
@@ -67,7 +70,10 @@ class Run:
             parallel=ParallelConf(
                 data=self.data,
                 pipeline=self.pipeline,
+                context=self.context,
                 tensor=self.tensor,
+                context_method=self.context_method,  # pyright: ignore[reportArgumentType]
+                ulysses=self.ulysses,
                 stages=stages,
                 schedule=self.schedule,  # pyright: ignore[reportArgumentType]
                 microbatches=self.microbatches,
@@ -102,9 +108,10 @@ def rows_of(step: int, batch_size: int, vocab: int) -> list[Row]:
     return rows
 
 
-def train(run: Run) -> Outcome:
-    """Runs it, on forked ranks if the layout has several."""
-    parts = on_ranks(run.ranks, train_rank, run) if run.ranks > 1 else [train_rank(Launch(), run)]
+def train(run: Run, rank: Callable[[Launch, Run], Any] | None = None) -> Outcome:
+    """Runs it, on forked ranks if the layout has several; `rank` is what they do, `train_rank` by default."""
+    rank = rank or train_rank
+    parts = on_ranks(run.ranks, rank, run) if run.ranks > 1 else [rank(Launch(), run)]
     losses, norms = parts[0][:2]
     for other in parts[1:]:
         assert other[0] == losses
@@ -115,7 +122,7 @@ def train(run: Run) -> Outcome:
 def train_rank(launch: Launch, run: Run) -> Any:
     """One rank's part: losses, norms, and its blocks of gradients and parameters."""
     config = run.config
-    mesh = Mesh.build(launch, data=run.data, pipeline=run.pipeline, tensor=run.tensor)
+    mesh = mesh_of(launch, run)
     dtype = getattr(torch, run.dtype)
     model = build_model(config, RandomWeights(run.architecture), mesh, dispatch.select(torch.device("cpu"), dtype))
     if model.adapter is not None and model.adapter.kind == "lora":
@@ -132,6 +139,13 @@ def train_rank(launch: Launch, run: Run) -> Any:
         gradients.append((spec, (parameter.grad / clip).numpy()))
         parameters.append((spec, parameter.detach().numpy()))
     return [r.loss for r in results], [r.grad_norm for r in results], gradients, parameters
+
+
+def mesh_of(launch: Launch, run: Run) -> Mesh:
+    """The mesh of its layout."""
+    ulysses = run.config.parallel.ulysses_size
+    sizes = {"data": run.data, "pipeline": run.pipeline, "context": run.context, "tensor": run.tensor}
+    return Mesh.build(launch, **sizes, ulysses=ulysses)
 
 
 def perturb(placed: Sequence[tuple[Spec, torch.nn.Parameter]]) -> None:

@@ -13,6 +13,7 @@ from kernels.dispatch import Ops
 from parallel.adapters import lora, prefix
 from parallel.adapters.peft import Adapter, from_tune
 from parallel.adapters.prefix import Prefix, StepPrefix
+from parallel.context.attention import ContextAttention, Method
 from parallel.loss import cross_entropy
 from parallel.mesh import Mesh
 from parallel.model.attend import DocumentAttend
@@ -37,6 +38,7 @@ class Model:
     adapter: Adapter | None
     prefix: Prefix | None
     recompute: bool
+    context_method: Method = "ring"
 
     def trainable(self) -> list[tuple[Spec, nn.Parameter]]:
         """Every trainable parameter of this rank with its placement, in construction order."""
@@ -62,6 +64,7 @@ class Model:
             batch.cu_seqlens_B1.tolist(),
             None if step_prefix is None else step_prefix.layers(decoder.dtype),
             decoder.stage.start,
+            context=self._context(batch),
         )
         offset = 0 if self.prefix is None or self.adapter is None else self.adapter.virtual_tokens
         uses_lora = self.adapter is not None and self.adapter.kind == "lora"
@@ -84,6 +87,11 @@ class Model:
             tensor=decoder.tensor,
             ops=decoder.ops,
         )
+
+    def _context(self, batch: Microbatch) -> ContextAttention | None:
+        if batch.plan is None:
+            return None
+        return ContextAttention(batch.plan, self.context_method, self.mesh.ring, self.mesh.ulysses)
 
     def border(self, batches: Sequence[Microbatch]) -> Border:
         """The hidden states [T, D] of the microbatches between stages."""
@@ -111,12 +119,13 @@ def build_model(
     full = tune.kind == "full"
     decoder = build_decoder(weights, mesh, stages, dtype=dtype, ops=ops, trainable=full, packed=not full, device=device)
     recompute = config.parallel.recompute == "full"
+    method = config.parallel.context_method
     if full:
-        return Model(decoder, mesh, None, None, recompute)
+        return Model(decoder, mesh, None, None, recompute, method)
     adapter = from_tune(tune, architecture)
     if adapter.kind == "lora":
         lora.install(decoder, adapter, SLOT, read_adapter or lora.initial(config.train.seed), trainable=True)
-        return Model(decoder, mesh, adapter, None, recompute)
+        return Model(decoder, mesh, adapter, None, recompute, method)
     read = read_adapter or prefix.initial(config.train.seed, adapter, architecture)
     own = Prefix(adapter, decoder, read, trainable=True)
-    return Model(decoder, mesh, adapter, own, recompute)
+    return Model(decoder, mesh, adapter, own, recompute, method)
