@@ -222,3 +222,16 @@ def without_gradients_from_others(launch: Launch, case: Case) -> Any:
 def test_planted_bugs_are_seen(method: str, planted: Any) -> None:
     window = 30 if planted is with_other_offsets else None
     assert max(errors(Case([30, 50, 90], 2, method, window=window), planted)) > 1e-3
+
+
+def groups_of(launch: Launch) -> list[tuple[int, ...]]:
+    """Ranks that swap heads with this one, and those of its ring."""
+    mesh = Mesh.build(launch, context=4, tensor=2, ulysses=2)
+    return [mesh.tensor.ranks, mesh.ulysses.ranks, mesh.ring.ranks, mesh.context.ranks]
+
+
+def test_groups_of_rings_of_groups() -> None:
+    found = on_ranks(8, groups_of)
+    assert found[0] == [(0, 1), (0, 2), (0, 4), (0, 2, 4, 6)]
+    assert found[3] == [(2, 3), (1, 3), (3, 7), (1, 3, 5, 7)]
+    assert found[6] == [(6, 7), (4, 6), (2, 6), (0, 2, 4, 6)]
