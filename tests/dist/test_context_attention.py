@@ -40,6 +40,14 @@ class Case(NamedTuple):
     ulysses: int = 1
     window: int | None = None
     dtype: torch.dtype = torch.float64
+    capped: bool = False
+    """Scores with a soft cap and slopes, which differ from head to head."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The kernels'."""
+        more = {"soft_cap": 1.5, "alibi_slopes": [0.02 * n for n in range(len(HEADS))]} if self.capped else {}
+        return {"kv_index": HEADS, "window": self.window, "scale": 0.3, **more}
 
 
 def inputs(case: Case) -> list[Tensor]:
@@ -55,7 +63,7 @@ def alone(case: Case) -> list[Tensor]:
     leaves = [x.requires_grad_() for x in (q, k, v)]
     bounds = [0, *accumulate(case.lengths)]
     ops = dispatch.REFERENCE
-    out, lse = ops.attention_varlen(*leaves, bounds, kv_index=HEADS, window=case.window, scale=0.3)
+    out, lse = ops.attention_varlen(*leaves, bounds, **case.options)
     return [out.detach(), lse.detach(), *torch.autograd.grad((out, lse), leaves, grads, materialize_grads=True)]
 
 
@@ -73,7 +81,7 @@ def rank_of_mesh(mesh: Mesh, case: Case) -> Any:
     q, k, v, *grads = (x[tokens] for x in inputs(case))
     leaves = [x.to(case.dtype).requires_grad_() for x in (q, k, v)]
     attend = ContextAttention(plan, case.method, mesh.ring, mesh.ulysses)  # pyright: ignore[reportArgumentType]
-    out, lse = attend(ops, *leaves, kv_index=HEADS, window=case.window, scale=0.3)
+    out, lse = attend(ops, *leaves, **case.options)
     wide = [grads[0].to(out.dtype), grads[1].to(lse.dtype)]
     found = torch.autograd.grad((out, lse), leaves, wide, materialize_grads=True)
     return tokens, [x.detach().double().numpy() for x in (out, lse, *found)]
@@ -119,10 +127,13 @@ RAGGED = PACKS["ragged"]
         Case(RAGGED, 2, "ulysses", 2, window=7),
         Case([60, 3, 70], 4, "ulysses", 2, window=40),
         Case([133], 4, "ulysses", 2),
+        Case(RAGGED, 2, capped=True),
+        Case(RAGGED, 2, "all_gather", window=20, capped=True),
+        Case(RAGGED, 4, "ulysses", 2, capped=True),
     ],
-    ids=lambda case: f"{case.method}{case.context} ulysses{case.ulysses} window={case.window}",
+    ids=lambda case: f"{case.method}{case.context} ulysses{case.ulysses} {case.window} {case.capped}",
 )
-def test_windows_and_rings_of_groups(case: Case) -> None:
+def test_windows_caps_slopes_and_rings_of_groups(case: Case) -> None:
     assert max(errors(case)) < 1e-13
 
 
