@@ -128,6 +128,7 @@ def _training(config: Config) -> list[str]:
     for key, path in (("data.path", data.path), ("data.evaluate_path", data.evaluate_path)):
         if path and not path.startswith("package:") and not Path(path).is_file():
             problems.append(f"{key}={path} is not a file; give a JSONL file or a JSON array")
+    problems += _context(config)
     if data.evaluate_path == "":
         problems.append("data.evaluate_path is empty; set a file or remove it")
     if data.evaluate_path and data.evaluate_fraction:
@@ -156,6 +157,22 @@ def _training(config: Config) -> list[str]:
     return problems + _targets(config)
 
 
+def _context(config: Config) -> list[str]:
+    parallel = config.parallel
+    if parallel.context == 1 and parallel.context_method != "ring":
+        method = f"parallel.context_method={parallel.context_method}"
+        return [f"{method} has no effect with parallel.context=1; remove it or set parallel.context>1"]
+    if parallel.context < 1:
+        return []
+    if parallel.context_method == "ulysses" and parallel.context % parallel.ulysses_size:
+        fitting = [str(degree) for degree in range(1, parallel.context + 1) if parallel.context % degree == 0]
+        return [
+            f"parallel.ulysses={parallel.ulysses} doesn't divide parallel.context={parallel.context}; "
+            f"use one of {', '.join(fitting)}"
+        ]
+    return []
+
+
 def _targets(config: Config) -> list[str]:
     targets = config.tune.targets
     problems = [] if targets else [f"tune.targets=[] trains nothing; name some of {', '.join(LINEARS)}"]
@@ -174,6 +191,11 @@ def _serving(config: Config, command: str) -> list[str]:
         problems.append(
             f"parallel.data={config.parallel.data} is not possible in {command}: there are no replicas yet; "
             "use parallel.data=1 with parallel.tensor or parallel.pipeline"
+        )
+    if config.parallel.context > 1:
+        problems.append(
+            f"parallel.context={config.parallel.context} is not possible in {command}: prompts aren't cut over ranks; "
+            "use parallel.context=1 with parallel.tensor or parallel.pipeline"
         )
     try:
         memory_bytes(config.serve.kv_memory, 1)

@@ -57,6 +57,7 @@ def fits(parallel: ParallelConf, architecture: Architecture) -> list[str]:
         most, tensor = getattr(architecture, unit), parallel.tensor
         if tensor is not None and tensor > most:
             problems.append(f"parallel.tensor={tensor} exceeds the model's {unit}={most}; use parallel.tensor<={most}")
+    problems += _context(parallel, architecture)
     if parallel.pipeline > layers:
         problems.append(
             f"parallel.pipeline={parallel.pipeline} exceeds the model's num_layers={layers}; "
@@ -80,6 +81,22 @@ def fits(parallel: ParallelConf, architecture: Architecture) -> list[str]:
     if stages != "auto" and sum(stages) != layers:
         problems.append(f"parallel.stages={show(stages)} adds up to {sum(stages)} but the model's num_layers={layers}")
     return problems
+
+
+def _context(parallel: ParallelConf, architecture: Architecture) -> list[str]:
+    """Why Ulysses cannot cut the heads of a tensor rank."""
+    tensor, size = parallel.tensor or 1, parallel.ulysses_size
+    heads, groups = architecture.num_heads, architecture.num_kv_heads
+    fewest = heads // tensor
+    if tensor <= groups:  # whole groups may be cut instead, which are less even
+        fewest = min(fewest, groups // tensor * (heads // groups))
+    if size <= fewest or tensor > heads:
+        return []
+    key = "parallel.context" if parallel.ulysses is None else "parallel.ulysses"
+    each = f"the {fewest} query heads of a tensor rank" if tensor > 1 else f"the model's num_heads={heads}"
+    fitting = max(degree for degree in range(1, fewest + 1) if parallel.context % degree == 0)
+    advice = f"parallel.ulysses={fitting}, with rings of {parallel.context // fitting}, or parallel.context_method=ring"
+    return [f"{key}={size} with context_method=ulysses exceeds {each}; use {advice}"]
 
 
 def chunks_per_rank(parallel: ParallelConf) -> int:

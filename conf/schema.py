@@ -24,7 +24,6 @@ PLANNED: Mapping[str, tuple[str, ...]] = {
     "tune": ("qlora", "prompt", "ptuning", "adapter", "ia3"),
     "optim": ("zero1", "deepspeed"),
     "parallel.schedule": ("pipedream",),
-    "parallel.context_method": ("all_gather", "ulysses"),
     "schedule": ("pipedream",),
 }
 
@@ -99,7 +98,7 @@ class ParallelConf:
 
     data: int | None = option(None, "Data-parallel degree; default: training the ranks left over, serving 1.", FROM_1)
     pipeline: int = option(1, "Pipeline stages.", FROM_1)
-    context: int = option(1, "Context-parallel degree.", FROM_1, later=True)
+    context: int = option(1, "Context-parallel degree: ranks that share the tokens of a pack.", FROM_1)
     tensor: int | None = option(
         None, "Tensor-parallel degree; default: training 1, serving the ranks left over.", FROM_1
     )
@@ -115,7 +114,16 @@ class ParallelConf:
     virtual_stages: int | None = option(
         None, "Chunks of layers per rank; default 1, with interleaved and zbv 2.", FROM_1, only=TRAINING
     )
-    context_method: Literal["ring"] = option("ring", "Attention across context ranks.", only=TRAINING)
+    context_method: Literal["ring", "all_gather", "ulysses"] = option(
+        "ring", "Attention across context ranks.", only=TRAINING
+    )
+    ulysses: int | None = option(
+        None,
+        "Context ranks that swap tokens for heads; the rest of the degree are rings; default: all of them.",
+        FROM_1,
+        needs=("context_method", ("ulysses",)),
+        only=TRAINING,
+    )
     recompute: Literal["none", "selective", "full"] = option(
         "none", "Activations recomputed in backward instead of kept.", only=TRAINING
     )
@@ -131,6 +139,11 @@ class ParallelConf:
         """(data, pipeline, context, tensor) of a checked config."""
         assert self.data is not None and self.tensor is not None, "sizes of an unchecked ParallelConf"
         return self.data, self.pipeline, self.context, self.tensor
+
+    @property
+    def ulysses_size(self) -> int:
+        """Context ranks that swap tokens for heads; 1 with another method."""
+        return (self.ulysses or self.context) if self.context_method == "ulysses" else 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,6 +66,33 @@ def attention_varlen(
     return _Attention.apply(*inputs, rest)
 
 
+def attention_varlen_backward(
+    grad_out_TNH: Tensor | None,
+    grad_lse_TN: Tensor | None,
+    q_TNH: Tensor,
+    k_SKH: Tensor,
+    v_SKH: Tensor,
+    out_TNH: Tensor,
+    lse_TN: Tensor,
+    documents: Sequence[int] | Tensor | Documents,
+    *,
+    kv_index: Sequence[int] | None = None,
+    window: int | None = None,
+    scale: float,
+    soft_cap: float | None = None,
+    alibi_slopes: checks.Slopes | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.attention_varlen_backward` in O(T) memory, deterministic."""
+    _check(q_TNH, k_SKH, v_SKH, 3)
+    checks.check_options(q_TNH.shape[1], window, soft_cap, alibi_slopes)
+    heads = checks.check_kv_index(q_TNH.shape[1], k_SKH.shape[1], kv_index)
+    table = Documents.of(documents, q_TNH.shape[0], k_SKH.shape[0]).table()
+    saved = (x.contiguous() for x in (q_TNH, k_SKH, v_SKH, out_TNH, lse_TN))
+    grads = (None if x is None else x.contiguous() for x in (grad_out_TNH, grad_lse_TN))
+    rest = (table, list(heads), window or 0, scale, soft_cap or 0.0, _slopes(alibi_slopes))
+    return torch.ops.onemesh.attention_varlen_backward(*grads, *saved, *rest)
+
+
 def attention_prefix(
     q_TNH: Tensor,
     k_LKH: Tensor,

@@ -85,6 +85,26 @@ class _Pack:
     soft_cap: float
     """0: none."""
 
+    @classmethod
+    def of(
+        cls,
+        documents: Documents,
+        heads: Heads,
+        device: torch.device,
+        window: int | None,
+        scale: float,
+        soft_cap: float | None,
+        alibi_slopes: reference.Slopes | None,
+    ) -> "_Pack":
+        return cls(
+            work=packed_work(documents, window or 0, heads.group, device),
+            heads=heads,
+            slopes_N=_slopes(alibi_slopes, device),
+            window=window or 0,
+            scale=scale,
+            soft_cap=soft_cap or 0.0,
+        )
+
     def attend(self, q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor) -> tuple[Tensor, Tensor]:
         """(out [T, N, H], lse [T, N])."""
         return torch.ops.onemesh_cuda.attention_varlen(
@@ -171,16 +191,37 @@ def attention_varlen(
     if is_plain and not wants_grad and q_TNH.dtype in (torch.float16, torch.bfloat16) and _has_flash_attn():
         return _flash_attention(q_TNH, k_SKH, v_SKH, documents.query_bounds, window, scale)
     heads = heads_of(index, k_SKH.shape[1], q_TNH.device)
-    pack = _Pack(
-        work=packed_work(documents, window or 0, heads.group, q_TNH.device),
-        heads=heads,
-        slopes_N=_slopes(alibi_slopes, q_TNH.device),
-        window=window or 0,
-        scale=scale,
-        soft_cap=soft_cap or 0.0,
-    )
+    pack = _Pack.of(documents, heads, q_TNH.device, window, scale, soft_cap, alibi_slopes)
     inputs = q_TNH.contiguous(), k_SKH.contiguous(), v_SKH.contiguous()
     return _Attention.apply(*inputs, pack) if wants_grad else pack.attend(*inputs)
+
+
+def attention_varlen_backward(
+    grad_out_TNH: Tensor | None,
+    grad_lse_TN: Tensor | None,
+    q_TNH: Tensor,
+    k_SKH: Tensor,
+    v_SKH: Tensor,
+    out_TNH: Tensor,
+    lse_TN: Tensor,
+    documents: Sequence[int] | Tensor | Documents,
+    *,
+    kv_index: Sequence[int] | None = None,
+    window: int | None = None,
+    scale: float,
+    soft_cap: float | None = None,
+    alibi_slopes: reference.Slopes | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.attention_varlen_backward` in O(T) memory."""
+    reference.check_attention(q_TNH, k_SKH, v_SKH)
+    reference.check_options(q_TNH.shape[1], window, soft_cap, alibi_slopes)
+    index = reference.check_kv_index(q_TNH.shape[1], k_SKH.shape[1], kv_index)
+    found = Documents.of(documents, q_TNH.shape[0], k_SKH.shape[0])
+    heads = heads_of(index, k_SKH.shape[1], q_TNH.device)
+    pack = _Pack.of(found, heads, q_TNH.device, window, scale, soft_cap, alibi_slopes)
+    grad_out = torch.zeros_like(q_TNH) if grad_out_TNH is None else grad_out_TNH.contiguous()
+    saved = [x.contiguous() for x in (q_TNH, k_SKH, v_SKH, out_TNH, lse_TN)]
+    return pack.gradients(saved, grad_out, None if grad_lse_TN is None else grad_lse_TN.contiguous())
 
 
 def _flash_attention(

@@ -94,6 +94,7 @@ class Ops:
     log_sum_exp: Callable[[Tensor], Tensor]
     loss_gradient: Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
     attention_varlen: Callable[..., tuple[Tensor, Tensor]]
+    attention_varlen_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     attention_prefix: Callable[..., tuple[Tensor, Tensor]]
     merge_attention: Callable[..., tuple[Tensor, Tensor]]
     write_pages: Callable[..., None]

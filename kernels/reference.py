@@ -16,6 +16,7 @@ nothing.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -276,6 +277,40 @@ def attention_varlen(
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs), torch.cat(lses)
+
+
+def attention_varlen_backward(
+    grad_out_TNH: Tensor | None,
+    grad_lse_TN: Tensor | None,
+    q_TNH: Tensor,
+    k_SKH: Tensor,
+    v_SKH: Tensor,
+    out_TNH: Tensor,
+    lse_TN: Tensor,
+    documents: Sequence[int] | Tensor | Documents,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (dq [T, N, H], dk, dv [S, K, H]) of `attention_varlen` with the same options; None counts as zero.
+
+    out and lse may be those over more keys than are given, of which these are some (a step of ring attention,
+    arXiv:2310.01889): dk and dv are then theirs, and dq is their part of a sum over all keys. With `P = exp(S - lse)`
+
+        dV = P^T dO,   dS = P * (dO V^T - rowsum(dO * O) + dlse)         (arXiv:2205.14135, appendix B.4)
+
+    which is the gradient of a merge (`autograd_merge`) of these keys' attention with that over all others.
+    """
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (q_TNH, k_SKH, v_SKH)]
+        part, part_lse = attention_varlen(inputs[0], inputs[1], inputs[2], documents, **options)
+    share = torch.exp(part_lse - torch.where(lse_TN.isneginf(), 0.0, lse_TN)).detach()
+    wide = torch.zeros_like(part) if grad_out_TNH is None else grad_out_TNH
+    wide = wide.to(lse_TN.dtype)
+    grad_lse = (wide * (part.detach() - out_TNH)).sum(-1)
+    if grad_lse_TN is not None:
+        grad_lse = grad_lse + grad_lse_TN
+    grads = ((share[..., None] * wide).to(part.dtype), share * grad_lse)
+    grad_q, grad_k, grad_v = torch.autograd.grad((part, part_lse), inputs, grads, materialize_grads=True)
+    return grad_q, grad_k, grad_v
 
 
 def attention_prefix(

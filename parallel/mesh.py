@@ -28,6 +28,10 @@ class Mesh:
     pipeline: Group = field(default_factory=lambda: Group("pipeline"))
     context: Group = field(default_factory=lambda: Group("context"))
     tensor: Group = field(default_factory=lambda: Group("tensor"))
+    ring: Group = field(default_factory=lambda: Group("ring"))
+    """Those of the context axis that pass keys on: all of it but for `ulysses`."""
+    ulysses: Group = field(default_factory=lambda: Group("ulysses"))
+    """Those of the context axis that swap tokens for heads: neighbours on it."""
     replicas: Group = field(default_factory=lambda: Group("data+context"))
     """Ranks with the same parameters, hence those over which gradients are summed."""
     replicas_tensor: Group = field(default_factory=lambda: Group("data+context+tensor"))
@@ -45,8 +49,12 @@ class Mesh:
         return Mesh()
 
     @staticmethod
-    def build(launch: comm.Launch, *, data: int = 1, pipeline: int = 1, context: int = 1, tensor: int = 1) -> Mesh:
+    def build(
+        launch: comm.Launch, *, data: int = 1, pipeline: int = 1, context: int = 1, tensor: int = 1, ulysses: int = 1
+    ) -> Mesh:
         """The mesh of this job; collective: every rank calls it with the same sizes.
+
+        ulysses: divides `context`; ranks of so many neighbours on the context axis are one rank of its ring.
 
         Raises AssertionError when the sizes don't multiply to the number of ranks (`conf.check` told the user).
         """
@@ -58,10 +66,14 @@ class Mesh:
         def over(*axes: str) -> Group:
             return _build(axes, sizes, here, traffic)
 
+        whole = over("context")
+        ring, swapping = _context_groups(whole, context // ulysses, sizes, here, traffic)
         return Mesh(
             data=over("data"),
             pipeline=over("pipeline"),
-            context=over("context"),
+            context=whole,
+            ring=ring,
+            ulysses=swapping,
             tensor=over("tensor"),
             replicas=over("data", "context"),
             replicas_tensor=over("data", "context", "tensor"),
@@ -110,6 +122,22 @@ def _make(axis: str, groups: list[list[int]], me: int, traffic: Traffic) -> Grou
         if me in ranks:
             mine = Group(axis, ranks.index(me), tuple(ranks), handle, traffic)
     return mine
+
+
+def _context_groups(
+    whole: Group, ring: int, sizes: Sequence[int], here: tuple[int, ...], traffic: Traffic
+) -> tuple[Group, Group]:
+    """The group of the ring and that of ulysses, out of the context group `whole`."""
+    me, each = _rank(here, sizes), whole.size // ring
+    alone = Group("ulysses" if each == 1 else "ring", 0, (me,), None, traffic)
+    if each == 1:
+        return whole, alone
+    if ring == 1:
+        return alone, whole
+    groups = _groups(sizes, lambda place: [(*place[:2], at, place[3]) for at in range(whole.size)])
+    rings = [ranks[first::each] for ranks in groups for first in range(each)]
+    swaps = [ranks[first : first + each] for ranks in groups for first in range(0, whole.size, each)]
+    return _make("ring", rings, me, traffic), _make("ulysses", swaps, me, traffic)
 
 
 def _build(axes: Sequence[str], sizes: Sequence[int], here: tuple[int, ...], traffic: Traffic) -> Group:

@@ -68,7 +68,24 @@ def check_attention_varlen() -> None:
         wide = exactly({name: draw(i, *shape) for i, (name, shape) in enumerate(shapes.items())})
         compare(attend, wide, dtype)
         compare(attend, wide, dtype, grad=True)
+    _check_parts_of_the_keys()
     _check_sharp_scores()
+
+
+def _check_parts_of_the_keys() -> None:
+    """Gradients of a step of ring attention: of some keys, from out and lse over all."""
+    options = {"kv_index": (0, 1, 1, 0), "scale": 0.2}
+    part = Documents(query_bounds=(0, 60), key_bounds=(0, 30), offsets=(0,))
+
+    def gradients(ops: Ops, t: Tensors) -> Sequence[Tensor]:
+        out, lse = ops.attention_varlen(t["q"], t["k"], t["v"], [0, 60], **options)
+        first = (t["k"][:30], t["v"][:30])
+        return ops.attention_varlen_backward(t["grad"], None, t["q"], *first, out, lse, part, **options)
+
+    shapes = {"q": (60, 4, 64), "k": (60, 2, 64), "v": (60, 2, 64), "grad": (60, 4, 64)}
+    inputs = exactly({name: draw(i, *shape) for i, (name, shape) in enumerate(shapes.items())})
+    for dtype in DTYPES:
+        compare(gradients, inputs, dtype)
 
 
 def _check_sharp_scores() -> None:

@@ -40,6 +40,9 @@ class Run:
     data: int = 1
     pipeline: int = 1
     tensor: int = 1
+    context: int = 1
+    context_method: str = "ring"
+    ulysses: int | None = None
     schedule: str = "1f1b"
     microbatches: int = 1
     stages: tuple[int, ...] | None = None
@@ -59,7 +62,7 @@ class Run:
     @property
     def ranks(self) -> int:
         """Ranks that the layout takes."""
-        return self.data * self.pipeline * self.tensor
+        return self.data * self.pipeline * self.context * self.tensor
 
     @property
     def config(self) -> Config:
@@ -73,8 +76,11 @@ class Run:
             parallel=ParallelConf(
                 data=self.data,
                 pipeline=self.pipeline,
+                context=self.context,
                 tensor=self.tensor,
                 sequence=self.sequence,
+                context_method=self.context_method,  # pyright: ignore[reportArgumentType]
+                ulysses=self.ulysses,
                 stages=stages,
                 virtual_stages=self.virtual_stages,
                 schedule=self.schedule,  # pyright: ignore[reportArgumentType]
@@ -124,7 +130,7 @@ def train(run: Run, each: Callable[..., Any] | None = None, *args: Any) -> Outco
 def train_rank(launch: Launch, run: Run) -> Any:
     """One rank's part: losses, norms, and its blocks of gradients and parameters."""
     config = run.config
-    mesh = Mesh.build(launch, data=run.data, pipeline=run.pipeline, tensor=run.tensor)
+    mesh = mesh_of(launch, run)
     dtype = getattr(torch, run.dtype)
     model = build_model(config, RandomWeights(run.architecture), mesh, dispatch.select(torch.device("cpu"), dtype))
     if model.adapter is not None and model.adapter.kind == "lora":
@@ -141,6 +147,13 @@ def train_rank(launch: Launch, run: Run) -> Any:
         gradients.append((spec, (parameter.grad / clip).numpy()))
         parameters.append((spec, parameter.detach().numpy()))
     return [r.loss for r in results], [r.grad_norm for r in results], gradients, parameters
+
+
+def mesh_of(launch: Launch, run: Run) -> Mesh:
+    """The mesh of its layout."""
+    ulysses = run.config.parallel.ulysses_size
+    sizes = {"data": run.data, "pipeline": run.pipeline, "context": run.context, "tensor": run.tensor}
+    return Mesh.build(launch, **sizes, ulysses=ulysses)
 
 
 class _Planned(Trainer):

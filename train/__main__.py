@@ -124,7 +124,8 @@ def run(inputs: Inputs, launch: Launch) -> int:
     """Builds mesh, model and optimizer, and trains; returns the exit code."""
     config = inputs.config
     data, pipeline, context, tensor = config.parallel.sizes
-    mesh = Mesh.build(launch, data=data, pipeline=pipeline, context=context, tensor=tensor)
+    ulysses = config.parallel.ulysses_size
+    mesh = Mesh.build(launch, data=data, pipeline=pipeline, context=context, tensor=tensor, ulysses=ulysses)
     device = comm.device(launch)
     facts = {
         "the configuration": load.to_yaml(config),

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from parallel.context.plan import Plan
 from parallel.sharding import partition
 from train.data import Row
 
@@ -101,6 +102,9 @@ class Microbatch:
     """int64 [T] the data row number of each token: keys dropout, so that no layout changes it."""
     max_seqlen: int
     """Tokens of the longest document (0 when empty)."""
+    plan: Plan | None = None
+    """How context ranks share the pack: of all its tokens only this rank's are here, but cu_seqlens and max_seqlen are
+    those of the whole. None: all tokens are here."""
 
     @property
     def num_tokens(self) -> int:
@@ -142,6 +146,23 @@ def pack(rows: Sequence[Row]) -> Microbatch:
         target_ids=torch.from_numpy(ids[targets]),
         row_T=torch.from_numpy(np.repeat(numbers, lengths)),
         max_seqlen=int(lengths.max(initial=0)),
+    )
+
+
+def share(batch: Microbatch, plan: Plan, ring: int, ulysses: int) -> Microbatch:
+    """What the rank at these places of the context axis holds of a pack: its tokens, in order, and their targets."""
+    tokens = torch.cat([torch.arange(some.start, some.stop) for some in plan.share(ring, ulysses)])
+    place = torch.full((batch.num_tokens,), -1)
+    place[tokens] = torch.arange(len(tokens))
+    rows = place[batch.target_rows]
+    return replace(
+        batch,
+        ids_T=batch.ids_T[tokens],
+        positions_T=batch.positions_T[tokens],
+        row_T=batch.row_T[tokens],
+        target_rows=rows[rows >= 0],
+        target_ids=batch.target_ids[rows >= 0],
+        plan=plan,
     )
 
 

@@ -156,6 +156,7 @@ def _one_step(trainer: Trainer, step: int, data: TrainingData, order: StepOrder)
         "lr": result.lr,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         **({"skipped": True} if result.skipped else {}),
+        **({} if result.context_balance is None else {"context_balance": result.context_balance}),
     }
 
 

@@ -16,6 +16,7 @@ from kernels.dispatch import Ops
 from parallel.adapters import lora, prefix
 from parallel.adapters.peft import Adapter, from_tune
 from parallel.adapters.prefix import Prefix, StepPrefix
+from parallel.context.attention import ContextAttention, Method
 from parallel.loss import cross_entropy
 from parallel.mesh import Mesh
 from parallel.model.attend import DocumentAttend
@@ -42,6 +43,7 @@ class Model:
     adapter: Adapter | None
     prefix: Prefix | None
     recompute: Literal["none", "selective", "full"]
+    context_method: Method = "ring"
 
     @property
     def decoder(self) -> Decoder:
@@ -86,6 +88,7 @@ class Model:
             batch.cu_seqlens_B1.tolist(),
             None if step_prefix is None else step_prefix.layers(chunk, decoder.dtype),
             decoder.stage.start,
+            context=self._context(batch),
         )
         split = self._split(batch)
         offset = 0 if self.prefix is None or self.adapter is None else self.adapter.virtual_tokens
@@ -111,6 +114,11 @@ class Model:
             ops=decoder.ops,
             split=None if split is None else split.of_rows(batch.target_rows),
         )
+
+    def _context(self, batch: Microbatch) -> ContextAttention | None:
+        if batch.plan is None:
+            return None
+        return ContextAttention(batch.plan, self.context_method, self.mesh.ring, self.mesh.ulysses)
 
     def border(self, batches: Sequence[Microbatch]) -> Border:
         """The hidden states [T, D] of the microbatches between stages; of this rank's share, if tokens are split."""
@@ -156,14 +164,14 @@ def build_model(
         sequence=config.parallel.sequence,
         device=device,
     )
-    recompute = config.parallel.recompute
+    recompute, method = config.parallel.recompute, config.parallel.context_method
     if full:
-        return Model(chunks, mesh, None, None, recompute)
+        return Model(chunks, mesh, None, None, recompute, method)
     adapter = from_tune(tune, architecture)
     if adapter.kind == "lora":
         for decoder in chunks:
             lora.install(decoder, adapter, SLOT, read_adapter or lora.initial(config.train.seed), trainable=True)
-        return Model(chunks, mesh, adapter, None, recompute)
+        return Model(chunks, mesh, adapter, None, recompute, method)
     read = read_adapter or prefix.initial(config.train.seed, adapter, architecture)
     own = Prefix(adapter, chunks, read, trainable=True)
-    return Model(chunks, mesh, adapter, own, recompute)
+    return Model(chunks, mesh, adapter, own, recompute, method)

@@ -15,11 +15,14 @@ from conf.schema import Config
 from kernels.master import packs_kept
 from parallel import comm
 from parallel.adapters.prefix import StepPrefix
+from parallel.context.plan import Cost, balance
+from parallel.context.plan import Plan as ContextPlan
 from parallel.gradients import Gradients
 from parallel.pipeline import run, schedules
 from parallel.pipeline.plan import Plan
 from parallel.randomness import DropoutKey
-from train.batches import Microbatch, microbatches, packs
+from train import agreement
+from train.batches import Microbatch, microbatches, packs, share
 from train.data import Dataset, Row
 from train.model import Model
 from train.optim import LossScale, adamw, learning_rate
@@ -41,6 +44,8 @@ class StepResult:
     lr: float
     skipped: bool
     """Whether the update was left out because float16 overflowed."""
+    context_balance: float | None = None
+    """Work of the fullest context rank over their mean; None without context parallelism."""
 
 
 class Trainer:
@@ -54,6 +59,7 @@ class Trainer:
         self.optimizer = adamw(config.optim, self.placed)
         self.loss_scale = LossScale.start(config.model.dtype)
         self.names = self._all_names()
+        self.cost = Cost.of(model.decoder.architecture)
 
     def _all_names(self) -> list[str]:
         """`Spec.parts` of the trainable parameters of the whole model, sorted by name: the canonical order."""
@@ -70,6 +76,7 @@ class Trainer:
         """
         batches = self._batches(rows)
         tokens, targets = self._counts(batches)
+        context_balance = self._context_balance(batches)
         self.gradients.zero(len(batches))
         loss = self._backward(number, batches, self.loss_scale.scale / targets) / targets
         self.gradients.scale(1 / self.loss_scale.scale)
@@ -84,7 +91,7 @@ class Trainer:
         if finite:
             self._update(norm, lr)
         self.loss_scale = self.loss_scale.after(overflow=not finite)
-        return StepResult(loss, tokens, norm, lr, not finite)
+        return StepResult(loss, tokens, norm, lr, not finite, context_balance)
 
     def evaluate(self, data: Dataset) -> float:
         """Mean loss over all target tokens of `data`, batch by batch, without dropout."""
@@ -102,13 +109,30 @@ class Trainer:
         data, count = self.mesh.data, self.config.parallel.microbatches
         assert count is not None, "microbatches of an unchecked config"
         parts = microbatches(rows, data.size, data.rank, count)
+        whole = [batch for part in parts for batch in packs(part, self.config.data.packing)]
+        agreement.check(whole, self.mesh)
         device = self.model.decoder.device
-        return [batch.to(device) for part in parts for batch in packs(part, self.config.data.packing)]
+        return [self._share(batch).to(device) for batch in whole]
+
+    def _share(self, batch: Microbatch) -> Microbatch:
+        """What this context rank holds of a pack."""
+        ring, ulysses = self.mesh.ring, self.mesh.ulysses
+        if self.mesh.context.size == 1:
+            return batch
+        plan = ContextPlan.make(batch.cu_seqlens_B1.tolist(), self.cost, ring=ring.size, ulysses=ulysses.size)
+        return share(batch, plan, ring.rank, ulysses.rank)
+
+    def _context_balance(self, batches: Sequence[Microbatch]) -> float | None:
+        """As `StepResult` says, of the data rank where it is worst."""
+        plans = [batch.plan for batch in batches if batch.plan is not None]
+        if self.mesh.context.size == 1:
+            return None
+        return float(comm.all_reduce(torch.tensor([balance(plans)], dtype=torch.float64), self.mesh.data, "max"))
 
     def _counts(self, batches: Sequence[Microbatch]) -> tuple[int, int]:
         """(tokens, target tokens) of the step over all ranks; one all-reduce of two integers."""
         local = [sum(batch.num_tokens for batch in batches), sum(batch.num_targets for batch in batches)]
-        both = comm.all_reduce(torch.tensor(local), self.mesh.data).tolist()
+        both = comm.all_reduce(torch.tensor(local), self.mesh.replicas).tolist()
         return both[0], max(1, both[1])
 
     def _backward(self, number: int, batches: Sequence[Microbatch], scale: float) -> float:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from conf.schema import Architecture
 from kernels.dispatch import Ops
+from parallel.context.attention import ContextAttention
 from parallel.model.step import Angles
 from parallel.sharding import Cut
 
@@ -35,20 +36,18 @@ class DocumentAttend:
     """Per local layer the prefix's keys and values [P, K/tp, H], seen by every token, without rotary."""
     first_layer: int = 0
     """Global number of this stage's first layer, where `prefix` starts."""
+    context: ContextAttention | None = None
+    """Where the tokens are a context rank's share of the documents: what attends instead."""
 
     def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, angles: Angles) -> Tensor:
         """[T, N/tp, H] in q's dtype; q and k come without rotary."""
         q_TNH, k_TKH = self.ops.rotary(q_TNH, *angles), self.ops.rotary(k_TKH, *angles)
         scale = self.architecture.head_dim**-0.5
-        out, lse = self.ops.attention_varlen(
-            q_TNH,
-            k_TKH,
-            v_TKH,
-            self.cu_seqlens,
-            kv_index=self.here.kv_index,
-            window=window_of(self.architecture, layer),
-            scale=scale,
-        )
+        options = {"kv_index": self.here.kv_index, "window": window_of(self.architecture, layer), "scale": scale}
+        if self.context is None:
+            out, lse = self.ops.attention_varlen(q_TNH, k_TKH, v_TKH, self.cu_seqlens, **options)
+        else:
+            out, lse = self.context(self.ops, q_TNH, k_TKH, v_TKH, **options)
         if self.prefix is None:
             return out
         key, value = self.prefix[layer - self.first_layer]

@@ -16,7 +16,7 @@ from parallel.comm import Launch
 from parallel.mesh import Mesh
 from tests.models import BIASED, TINY, RandomWeights
 from tests.ranks import on_ranks
-from tests.training import Outcome, Run, layout, rows_of, train, train_rank
+from tests.training import Outcome, Run, layout, mesh_of, rows_of, train, train_rank
 from train import step
 from train.model import build_model
 from train.step import Trainer
@@ -187,7 +187,7 @@ def test_tensor_degree_up_to_the_head_count() -> None:
 
 def _evaluate(launch: Launch, run: Run) -> float:
     config = run.config
-    mesh = Mesh.build(launch, data=run.data, pipeline=run.pipeline, tensor=run.tensor)
+    mesh = mesh_of(launch, run)
     ops = dispatch.select(torch.device("cpu"), torch.float64)
     trainer = Trainer(config, build_model(config, RandomWeights(run.architecture), mesh, ops))
     return trainer.evaluate(rows_of(1, 10, run.architecture.vocab_size))  # pyright: ignore[reportArgumentType]

@@ -221,11 +221,6 @@ class TestLayout:
         for rank, held in enumerate(virtual_stages(parallel)):
             assert held == tuple(plan.virtual_stage(rank, Action("F", 0, chunk)) for chunk in range(chunks))
 
-    @pytest.mark.parametrize("setting", ["parallel.context=2"])
-    def test_what_is_planned_is_refused(self, setting: str) -> None:
-        key = setting.removesuffix("=2")
-        assert f"{setting} is not available yet; leave {key} at 1" in refused(setting)
-
     def test_sequence_parallelism_needs_tensor_ranks(self) -> None:
         for settings in (["parallel.sequence=true"], ["parallel.sequence=true", "parallel.tensor=1"]):
             assert refused(*settings) == (
@@ -237,7 +232,38 @@ class TestLayout:
         assert "parallel.data=2 is not possible in serve: there are no replicas yet; use parallel.data=1" in refused(
             "parallel.data=2", command="serve", ranks=2
         )
-        assert "parallel.context=2 is not available yet" in refused("parallel.context=2", command="serve", ranks=2)
+        assert "parallel.context=2 is not possible in serve: prompts aren't cut over ranks; use parallel.context=1" in (
+            refused("parallel.context=2", command="serve", ranks=2)
+        )
+
+    def test_context_methods(self) -> None:
+        method = "parallel.context_method=ulysses"
+        assert checked("parallel.context=4", ranks=4).parallel.ulysses_size == 1
+        assert checked("parallel.context=4", method, ranks=4).parallel.ulysses_size == 4
+        assert checked("parallel.context=4", method, "parallel.ulysses=2", ranks=4).parallel.ulysses_size == 2
+        assert refused(method) == (
+            "parallel.context_method=ulysses has no effect with parallel.context=1; remove it or set parallel.context>1"
+        )
+        assert refused("parallel.context=4", "parallel.ulysses=2", ranks=4) == (
+            "parallel.ulysses=2 has no effect with parallel.context_method=ring; "
+            "remove it or set parallel.context_method=ulysses"
+        )
+        assert refused("parallel.context=4", method, "parallel.ulysses=3", ranks=4) == (
+            "parallel.ulysses=3 doesn't divide parallel.context=4; use one of 1, 2, 4"
+        )
+
+    def test_ulysses_cuts_heads(self) -> None:
+        method = "parallel.context_method=ulysses"
+        assert checked("parallel.context=9", method, ranks=9).parallel.ulysses_size == 9
+        assert refused("parallel.context=12", method, ranks=12) == (
+            "parallel.context=12 with context_method=ulysses exceeds the model's num_heads=9; "
+            "use parallel.ulysses=6, with rings of 2, or parallel.context_method=ring"
+        )
+        assert refused("parallel.context=10", "parallel.ulysses=5", method, "parallel.tensor=2", ranks=20) == (
+            "parallel.ulysses=5 with context_method=ulysses exceeds the 3 query heads of a tensor rank; "
+            "use parallel.ulysses=2, with rings of 5, or parallel.context_method=ring"
+        )
+        assert "parallel.context=0 is out of range" in refused("parallel.context=0", method)
 
     @pytest.mark.parametrize("degree", ["data", "pipeline", "context", "tensor"])
     def test_degrees_below_one(self, degree: str) -> None:
@@ -404,7 +430,6 @@ class TestAllAtOnce:
             *argv, "tune.targets=[x_proj]", "optim.warmup_steps=101", "optim.schedule=linear", ranks=3
         ).split("\n")
         beginnings = [
-            "parallel.context=2 is not",
             "parallel.pipeline=40 * context=2 * tensor=10 = 800 ranks but the launch has 3, not",
             "parallel.tensor=10 exceeds",
             "parallel.pipeline=40 exceeds",
@@ -412,7 +437,7 @@ class TestAllAtOnce:
             "optim.warmup_steps=101 exceeds",
             "tune.targets: x_proj is not",
         ]
-        assert [line.startswith(start) for line, start in zip(lines, beginnings, strict=True)] == [True] * 7
+        assert [line.startswith(start) for line, start in zip(lines, beginnings, strict=True)] == [True] * 6
 
     def test_configs_built_in_code_have_their_types_checked(self) -> None:
         config = Config(parallel=ParallelConf(schedule="pipedream", tensor="two"))  # pyright: ignore[reportArgumentType]

@@ -38,6 +38,7 @@ WITHOUT_TORCH = (
     "serve/blocks.py",
     "serve/scheduler.py",
     "parallel/pipeline/plan.py",
+    "parallel/context/plan.py",
     "parallel/pipeline/choose.py",
     "parallel/pipeline/text.py",
 )
