@@ -115,6 +115,8 @@ def _shape(architecture: Architecture) -> list[str]:
         problems.append(f"the model's num_heads={a.num_heads} is no multiple of num_kv_heads={a.num_kv_heads}")
     if a.head_dim % 2:
         problems.append(f"the model's head_dim={a.head_dim} is odd; rotary embeddings turn pairs")
+    if a.window_rope_theta is not None and a.sliding_window is None:
+        problems.append(f"the model's window_rope_theta={a.window_rope_theta} has no effect without sliding_window")
     if a.window_layers is not None and len(a.window_layers) != a.num_layers:
         problems.append(f"the model's window_layers has {len(a.window_layers)} entries but num_layers={a.num_layers}")
     return problems

@@ -11,7 +11,7 @@ from conf.schema import Architecture
 from kernels.dispatch import Ops
 from kernels.memory import Area
 from kernels.paged import PagedLayout
-from parallel.model.attend import window_of
+from parallel.model.attend import scoring
 from parallel.model.decoder import Decoder, Stage
 from parallel.model.step import Angles
 from parallel.sharding import Cut
@@ -66,13 +66,5 @@ class PagedAttend:
         """[T, N/tp, H] in q's dtype; q and k come without rotary."""
         keys, values = self.cache.of(layer)
         q_TNH = self.ops.rotary_write(q_TNH, k_TKH, v_TKH, *angles, keys, values, self.slot_T)
-        out, _ = self.ops.attention_paged(
-            q_TNH,
-            keys,
-            values,
-            self.layout,
-            kv_index=self.here.kv_index,
-            window=window_of(self.architecture, layer),
-            scale=self.architecture.head_dim**-0.5,
-        )
-        return out
+        how = scoring(self.architecture, self.here, layer)
+        return self.ops.attention_paged(q_TNH, keys, values, self.layout, **how)[0]

@@ -30,6 +30,10 @@ THEIRS = {
     "lm_head.weight": "output.weight",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_self_attn_layernorm": "post_attention_norm",
+    "post_mlp_layernorm": "post_ffw_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -71,6 +75,12 @@ def add_architecture(writer: gguf.GGUFWriter, architecture: Architecture) -> Non
     if architecture.head_dim * architecture.num_heads != architecture.width:
         writer.add_key_length(architecture.head_dim)
         writer.add_value_length(architecture.head_dim)
+    if architecture.sliding_window is not None:
+        writer.add_sliding_window(architecture.sliding_window)
+    if architecture.score_cap is not None:
+        writer.add_attn_logit_softcapping(architecture.score_cap)
+    if architecture.logit_cap is not None:
+        writer.add_final_logit_softcapping(architecture.logit_cap)
 
 
 def write_model(
@@ -92,6 +102,8 @@ def write_model(
             values = interleave(values, architecture.num_heads)
         if kind == "llama" and ".k_proj." in name:
             values = interleave(values, architecture.num_kv_heads)
+        if architecture.norm_offset and name.endswith("norm.weight"):
+            values = values + 1
         writer.add_tensor(their_name(name), np.ascontiguousarray(values))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

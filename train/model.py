@@ -83,6 +83,7 @@ class Model:
             first_row=decoder.here.vocab[0],
             tensor=decoder.tensor,
             ops=decoder.ops,
+            cap=decoder.architecture.logit_cap,
         )
 
     def border(self, batches: Sequence[Microbatch]) -> Border:

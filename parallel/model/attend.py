@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 from torch import Tensor
 
@@ -20,6 +21,30 @@ def window_of(architecture: Architecture, layer: int) -> int | None:
     if architecture.window_layers is not None and not architecture.window_layers[layer]:
         return None
     return architecture.sliding_window
+
+
+def uses_local_rope(architecture: Architecture, layer: int) -> bool:
+    """Whether a layer's rotary frequencies have the base of windowed layers (Gemma 3) and not the model's."""
+    return architecture.window_rope_theta is not None and window_of(architecture, layer) is not None
+
+
+class Scoring(TypedDict):
+    """What the attention ops take besides tensors, for queries and keys of one document."""
+
+    kv_index: tuple[int, ...]
+    window: int | None
+    scale: float
+    soft_cap: float | None
+
+
+def scoring(architecture: Architecture, here: Cut, layer: int) -> Scoring:
+    """How this rank's heads score keys in a layer: the same in training and in serving."""
+    return {
+        "kv_index": here.kv_index,
+        "window": window_of(architecture, layer),
+        "scale": architecture.score_scale,
+        "soft_cap": architecture.score_cap,
+    }
 
 
 @dataclass(frozen=True)
@@ -39,20 +64,17 @@ class DocumentAttend:
     def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, angles: Angles) -> Tensor:
         """[T, N/tp, H] in q's dtype; q and k come without rotary."""
         q_TNH, k_TKH = self.ops.rotary(q_TNH, *angles), self.ops.rotary(k_TKH, *angles)
-        scale = self.architecture.head_dim**-0.5
-        out, lse = self.ops.attention_varlen(
-            q_TNH,
-            k_TKH,
-            v_TKH,
-            self.cu_seqlens,
-            kv_index=self.here.kv_index,
-            window=window_of(self.architecture, layer),
-            scale=scale,
-        )
+        how = scoring(self.architecture, self.here, layer)
+        out, lse = self.ops.attention_varlen(q_TNH, k_TKH, v_TKH, self.cu_seqlens, **how)
         if self.prefix is None:
             return out
         key, value = self.prefix[layer - self.first_layer]
         part = self.ops.attention_prefix(
-            q_TNH, key.to(q_TNH.dtype), value.to(q_TNH.dtype), kv_index=self.here.kv_index, scale=scale
+            q_TNH,
+            key.to(q_TNH.dtype),
+            value.to(q_TNH.dtype),
+            kv_index=how["kv_index"],
+            scale=how["scale"],
+            soft_cap=how["soft_cap"],
         )
         return self.ops.merge_attention((part, (out, lse)))[0]

@@ -1,4 +1,4 @@
-"""The decoder of the Llama family, written once: one process, any mesh, training and serving.
+"""The decoder, written once: one process, any mesh, training and serving.
 
 A pipeline stage is the same class with parts absent: the first stage embeds ids, the others take hidden states,
 the last one ends in the final norm. Layer names never renumber.
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.ops import Packed
+from parallel.loss import capped
 from parallel.model import rope
+from parallel.model.attend import uses_local_rope
 from parallel.model.block import Block
 from parallel.model.step import Step
 from parallel.sharding import Spec
@@ -56,8 +58,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.stage, self.ops, self.dtype, self.device = stage, build.ops, build.dtype, build.device
         self.architecture, self.here, self.tensor = build.architecture, build.here, build.tensor
-        frequency, self.rope_factor = rope.frequencies(build.architecture)
-        self.rope_frequency = frequency.to(build.device)
+        self.local_rope = {
+            layer: uses_local_rope(build.architecture, layer) for layer in range(stage.start, stage.stop)
+        }
+        self.rope: dict[bool, tuple[Tensor, float]] = {}
+        for local in sorted(set(self.local_rope.values())):
+            frequency, factor = rope.frequencies(build.architecture, local=local)
+            self.rope[local] = frequency.to(build.device), factor
         tied = build.architecture.tied_embeddings
         holds_embedding = stage.is_first or (stage.is_last and tied)
         self.embed_tokens = Embedding(build, "model.embed_tokens") if holds_embedding else None
@@ -84,15 +91,18 @@ class Decoder(nn.Module):
         if self.stage.is_first:
             assert self.embed_tokens is not None
             x = self.embed_tokens(x)
-        angles = self.ops.rotary_angles(step.position_T, self.rope_frequency, self.rope_factor, self.dtype)
+        angles = {
+            local: self.ops.rotary_angles(step.position_T, *rotary, self.dtype) for local, rotary in self.rope.items()
+        }
         delta: Tensor | None = None  # of the last block, not yet added to x
-        for layer in self.layers.values():
+        for number, layer in self.layers.items():
+            turn = angles[self.local_rope[int(number)]]
             if step.recompute:  # of the sum: one tensor a block is kept
                 x, delta = checkpoint(
-                    layer, _added(x, delta), None, angles, step, use_reentrant=False, preserve_rng_state=False
+                    layer, _added(x, delta), None, turn, step, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                x, delta = layer(x, delta, angles, step)
+                x, delta = layer(x, delta, turn, step)
         if self.norm is None:
             return _added(x, delta)
         if step.rows is not None:
@@ -102,7 +112,8 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """[B, V/tp]: this rank's columns of the logits of normed states, in the working dtype; last stage only."""
-        return self.ops.linear(hidden_BD, self.head_weight, wide=True)
+        logits_BV = self.ops.linear(hidden_BD, self.head_weight, wide=True)
+        return capped(logits_BV, self.architecture.logit_cap)
 
     def placed(self) -> Iterator[tuple[Spec, nn.Parameter]]:
         """Every parameter of this rank with its placement, adapters included, in construction order."""

@@ -15,9 +15,12 @@ from torch import Tensor
 from conf.schema import Architecture, RopeScaling
 
 
-def frequencies(architecture: Architecture) -> tuple[Tensor, float]:
-    """(float64 [H/2] angle per position, factor on cos and sin) of the architecture."""
+def frequencies(architecture: Architecture, *, local: bool = False) -> tuple[Tensor, float]:
+    """(float64 [H/2] angle per position, factor on cos and sin); local: with the base that windowed layers have."""
     half = torch.arange(0, architecture.head_dim, 2, dtype=torch.float64)
+    if local:
+        assert architecture.window_rope_theta is not None
+        return architecture.window_rope_theta ** (-half / architecture.head_dim), 1.0
     plain = architecture.rope_theta ** (-half / architecture.head_dim)
     scaling = architecture.rope_scaling
     if scaling is None:
