@@ -55,7 +55,8 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The shape of a decoder; Llama, SmolLM2, Mistral, Qwen2, Qwen3, XVERSE and Gemma 2 and 3 are values of it."""
+    """The shape of a decoder. Llama, SmolLM2, Mistral, Qwen 2 and 3, XVERSE, Gemma 2 and 3, ChatGLM 2 and 3, GLM-4 and
+    Baichuan are values of it."""
 
     num_layers: int = field(metadata=about("Decoder layers.", FROM_1))
     width: int = field(metadata=about("Width of the residual stream (D).", FROM_1))
@@ -82,6 +83,10 @@ class Architecture:
         ABOVE_0,
         needs=("sliding_window", (SET,)),
     )
+    rotary_dim: int | None = option(None, "First dimensions of a head, which rotary turns; None = all.", "[2,inf)")
+    rotary_interleaved: bool = option(False, "Rotary turns neighbouring dimensions, not those half a width apart.")
+    alibi: bool = option(False, "Scores fall with the distance (ALiBi); no rotary embedding.")
+    normalised_head: bool = option(False, "The rows of the head are scaled to length 1 (Baichuan 2).")
     activation: Literal["silu", "gelu_tanh"] = option("silu", "Activation of the gate.")
     qk_norm: bool = option(False, "Each head's query and key pass an RMS norm before rotary.")
     post_norms: bool = option(False, "What attention and feed-forward give passes an RMS norm before it is added.")

@@ -63,7 +63,7 @@ class PagedAttend:
     """int64 [T]: flat cache slot of each token."""
 
     def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, angles: Angles) -> Tensor:
-        """[T, N/tp, H] in q's dtype; q and k come without rotary."""
+        """[T, N/tp, H] in q's dtype; q and k come without rotary, in the order of `rope.paired`."""
         keys, values = self.cache.of(layer)
         q_TNH = self.ops.rotary_write(q_TNH, k_TKH, v_TKH, *angles, keys, values, self.slot_T)
         how = scoring(self.architecture, self.here, layer)

@@ -52,6 +52,11 @@ GEMMA3 = replace(
     window_layers=(True, True, False, True, True),
 )
 
+GLM = replace(TINY, norm_eps=1.5625e-7, qkv_bias=True, rotary_dim=4, rotary_interleaved=True, tied_embeddings=False)
+GLM4 = replace(GLM, head_dim=12, rotary_dim=6, post_norms=True)
+BAICHUAN = replace(TINY, num_kv_heads=9, norm_eps=1e-6, tied_embeddings=False, normalised_head=True)
+BAICHUAN_13B = replace(BAICHUAN, alibi=True)
+
 BIASED = replace(TINY, qkv_bias=True, output_bias=True, mlp_bias=True, tied_embeddings=False)
 
 

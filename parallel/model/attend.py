@@ -10,6 +10,8 @@ from torch import Tensor
 
 from conf.schema import Architecture
 from kernels.dispatch import Ops
+from parallel.model import alibi
+from parallel.model.rope import paired
 from parallel.model.step import Angles
 from parallel.sharding import Cut
 
@@ -35,6 +37,7 @@ class Scoring(TypedDict):
     window: int | None
     scale: float
     soft_cap: float | None
+    alibi_slopes: tuple[float, ...] | None
 
 
 def scoring(architecture: Architecture, here: Cut, layer: int) -> Scoring:
@@ -44,6 +47,7 @@ def scoring(architecture: Architecture, here: Cut, layer: int) -> Scoring:
         "window": window_of(architecture, layer),
         "scale": architecture.score_scale,
         "soft_cap": architecture.score_cap,
+        "alibi_slopes": alibi.slopes(architecture.num_heads)[slice(*here.heads)] if architecture.alibi else None,
     }
 
 
@@ -62,7 +66,7 @@ class DocumentAttend:
     """Global number of this stage's first layer, where `prefix` starts."""
 
     def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, angles: Angles) -> Tensor:
-        """[T, N/tp, H] in q's dtype; q and k come without rotary."""
+        """[T, N/tp, H] in q's dtype; q and k come without rotary, in the order of `rope.paired`."""
         q_TNH, k_TKH = self.ops.rotary(q_TNH, *angles), self.ops.rotary(k_TKH, *angles)
         how = scoring(self.architecture, self.here, layer)
         out, lse = self.ops.attention_varlen(q_TNH, k_TKH, v_TKH, self.cu_seqlens, **how)
@@ -71,7 +75,7 @@ class DocumentAttend:
         key, value = self.prefix[layer - self.first_layer]
         part = self.ops.attention_prefix(
             q_TNH,
-            key.to(q_TNH.dtype),
+            paired(key.to(q_TNH.dtype), self.architecture),
             value.to(q_TNH.dtype),
             kv_index=how["kv_index"],
             scale=how["scale"],

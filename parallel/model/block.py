@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from parallel import regions
+from parallel.model.rope import paired
 from parallel.model.step import Angles, Step
 from parallel.tensor import Build, Linear, Norm, together
 
@@ -15,7 +16,7 @@ class Attention(nn.Module):
     def __init__(self, build: Build, name: str, layer: int) -> None:
         super().__init__()
         a = build.architecture
-        self.layer, self.head_dim = layer, a.head_dim
+        self.architecture, self.layer, self.head_dim = a, layer, a.head_dim
         q_width, kv_width = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
         self.q_proj = Linear(build, f"{name}.q_proj", q_width, a.width, bias=a.qkv_bias, row=False)
         self.k_proj = Linear(build, f"{name}.k_proj", kv_width, a.width, bias=a.qkv_bias, row=False)
@@ -28,7 +29,8 @@ class Attention(nn.Module):
         """[T, D] inside the tensor region -> [T, D] summed over the tensor axis."""
         heads = together((self.q_proj, self.k_proj, self.v_proj), x_TD, step)
         q_TNH, k_TKH, v_TKH = (x.unflatten(-1, (-1, self.head_dim)) for x in heads)
-        q_TNH, k_TKH = _heads_normed(self.q_norm, q_TNH), _heads_normed(self.k_norm, k_TKH)
+        q_TNH = paired(_heads_normed(self.q_norm, q_TNH), self.architecture)
+        k_TKH = paired(_heads_normed(self.k_norm, k_TKH), self.architecture)
         out_TNH = step.attend(self.layer, q_TNH, k_TKH, v_TKH, angles)
         return self.o_proj(out_TNH.flatten(1), step)
 

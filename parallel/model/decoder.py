@@ -19,7 +19,7 @@ from parallel.model.attend import uses_local_rope
 from parallel.model.block import Block
 from parallel.model.step import Step
 from parallel.sharding import Spec
-from parallel.tensor import Build, Embedding, Norm
+from parallel.tensor import Build, Embedding, Norm, master_dtype
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,24 @@ class Head(nn.Module):
     def __init__(self, build: Build) -> None:
         super().__init__()
         a = build.architecture
+        self.normalises = a.normalised_head and build.trainable
+        if a.normalised_head and not build.trainable:  # once and for all
+            read = build.read
+            build = replace(build, read=lambda spec, dtype: _unit_rows(read(spec, master_dtype(dtype))).to(dtype))
         spec, self.weight = build.matrix("lm_head.weight", a.vocab_size, a.width)
         self.specs = {"weight": spec}
+
+    @property
+    def rows(self) -> Tensor | Packed:
+        """[V/tp, D]: what hidden states are multiplied with."""
+        if not self.normalises:
+            return self.weight
+        assert isinstance(self.weight, Tensor)
+        return _unit_rows(self.weight)
+
+
+def _unit_rows(weight_VD: Tensor) -> Tensor:
+    return nn.functional.normalize(weight_VD, dim=1)
 
 
 class Decoder(nn.Module):
@@ -76,11 +92,13 @@ class Decoder(nn.Module):
             self.embed_tokens.specs["weight"] = replace(spec, tied=True, owned=spec.owned if stage.is_first else None)
 
     @property
-    def head_weight(self) -> nn.Parameter | Packed:
+    def head_weight(self) -> Tensor | Packed:
         """[V/tp, D]: this rank's rows of the output matrix (the embedding's when tied); last stage only."""
-        holder = self.lm_head if self.lm_head is not None else self.embed_tokens
-        assert holder is not None and self.stage.is_last
-        return holder.weight
+        assert self.stage.is_last
+        if self.lm_head is not None:
+            return self.lm_head.rows
+        assert self.embed_tokens is not None
+        return self.embed_tokens.weight
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """Runs this stage's layers.

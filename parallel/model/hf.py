@@ -9,118 +9,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from conf.schema import Architecture, ConfigError
-from parallel.model import hf_windows
+from parallel.model import hf_published
+from parallel.model.hf_families import Family, family_of
 from parallel.model.hf_rope import local_rope_keys, read_rope, split_local_rope, write_rope
 from parallel.model.hf_shapes import parameter_shapes
 from parallel.model.hf_values import flag, integer, optional, positive
 from parallel.model.hf_windows import read_windows, write_windows
-from parallel.model.names import Place, Spelling
+from parallel.model.names import Place
 
 __all__ = ["check_parameters", "parameter_shapes", "places", "read_architecture", "read_config_file", "write_config"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Family:
-    """What a model_type leaves unsaid in its config.json, or can't say there."""
-
-    architecture: str
-    """transformers' class."""
-    max_positions: int
-    kv_heads: int | None = None
-    """num_key_value_heads when the key is absent; None means as many as query heads."""
-    head_dim: int | None = None
-    """head_dim when the key is absent; None means hidden_size / num_attention_heads."""
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the architecture that all models of the type share."""
-    attention_bias_key: bool = False
-    """Whether `attention_bias` exists: of q, k, v and o."""
-    mlp_bias_key: bool = False
-    windows: hf_windows.Kind = "none"
-    period: int = 1
-    """Of the layers without the window, with `windows="period"`."""
-    tied: bool = False
-    """tie_word_embeddings when the key is absent."""
-    activation_key: str = "hidden_act"
-    gemma: bool = False
-    """Whether embeddings are scaled by the root of the width, and query_pre_attn_scalar and the two caps exist."""
-    caps: tuple[float | None, float | None] = (None, None)
-    """attn_logit_softcapping and final_logit_softcapping when the keys are absent."""
-    local_rope: bool = False
-    """Whether windowed layers have a rotary base of their own."""
-    spelling: Spelling = Spelling()
-    """Names in the files."""
-
-
-_GEMMA: Mapping[str, Any] = MappingProxyType({"norm_offset": True, "post_norms": True, "activation": "gelu_tanh"})
-_GEMMA_NAMES = Spelling(
-    {
-        "post_self_attn_layernorm": "post_attention_layernorm",
-        "post_attention_layernorm": "pre_feedforward_layernorm",
-        "post_mlp_layernorm": "post_feedforward_layernorm",
-    }
-)
-
-_FAMILIES: Mapping[str, _Family] = MappingProxyType(
-    {
-        "llama": _Family(
-            architecture="LlamaForCausalLM", max_positions=2048, attention_bias_key=True, mlp_bias_key=True
-        ),
-        "mistral": _Family(architecture="MistralForCausalLM", max_positions=131072, kv_heads=8, windows="all"),
-        "qwen2": _Family(
-            architecture="Qwen2ForCausalLM",
-            max_positions=32768,
-            kv_heads=32,
-            fixed={"qkv_bias": True},
-            windows="switch",
-        ),
-        "qwen3": _Family(
-            architecture="Qwen3ForCausalLM",
-            max_positions=32768,
-            kv_heads=32,
-            head_dim=128,
-            fixed={"qk_norm": True},
-            attention_bias_key=True,
-            windows="switch",
-        ),
-        "gemma2": _Family(
-            architecture="Gemma2ForCausalLM",
-            max_positions=8192,
-            kv_heads=4,
-            head_dim=256,
-            fixed=_GEMMA,
-            attention_bias_key=True,
-            windows="period",
-            period=2,
-            tied=True,
-            activation_key="hidden_activation",
-            gemma=True,
-            caps=(50.0, 30.0),
-            spelling=_GEMMA_NAMES,
-        ),
-        "gemma3_text": _Family(
-            architecture="Gemma3ForCausalLM",
-            max_positions=131072,
-            kv_heads=4,
-            head_dim=256,
-            fixed={**_GEMMA, "qk_norm": True},
-            attention_bias_key=True,
-            windows="period",
-            period=6,
-            tied=True,
-            activation_key="hidden_activation",
-            gemma=True,
-            local_rope=True,
-            spelling=_GEMMA_NAMES,
-        ),
-        "xverse": _Family(architecture="XverseForCausalLM", max_positions=8192),
-    }
-)
 
 # keys that would change the numbers, with the only values under which they don't
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
@@ -128,7 +31,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "quantization_config": (None,),
         "quantization_bit": (None, 0),
         "attention_dropout": (None, 0, 0.0),
-        "partial_rotary_factor": (None, 1, 1.0),
         "is_encoder_decoder": (None, False),
         "use_bidirectional_attention": (None, False),
     }
@@ -145,7 +47,8 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         ConfigError: unknown `model_type`, a feature that isn't supported, or a missing or impossible value; the
             message names the key and what is supported.
     """
-    family = _family(config.get("model_type"))
+    family = family_of(config.get("model_type"))
+    config, odd = hf_published.read(config)
     _refuse_unsupported(config)
     heads = integer(config, "num_attention_heads")
     kv_heads = integer(config, "num_key_value_heads", family.kv_heads or heads, absent_if_none=heads)
@@ -155,7 +58,7 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         raise ConfigError(
             f"config.json num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
         )
-    attention_bias = family.attention_bias_key and flag(config, "attention_bias")
+    attention_bias = family.attention_bias is not None and flag(config, "attention_bias", family.attention_bias)
     max_positions = integer(config, "max_position_embeddings", family.max_positions)
     local_theta = None
     if family.local_rope:
@@ -164,10 +67,12 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
     window, window_layers = read_windows(config, family.windows, family.period, layers)
     fields: dict[str, Any] = {
         "qkv_bias": attention_bias,
-        "output_bias": attention_bias,
+        "output_bias": attention_bias and family.output_bias,
+        "rotary_dim": _rotary_dim(config, family, head_dim),
         "activation": _activation(config, family),
         **(_gemma_fields(config, family, width, head_dim) if family.gemma else {}),
         **family.fixed,
+        **odd,
     }
     return Architecture(
         num_layers=layers,
@@ -178,7 +83,7 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         ffn_width=integer(config, "intermediate_size"),
         vocab_size=integer(config, "vocab_size"),
         max_positions=max_positions,
-        norm_eps=positive(config, "rms_norm_eps", 1e-6),
+        norm_eps=positive(config, "rms_norm_eps", family.norm_eps),
         rope_theta=theta,
         rope_scaling=scaling,
         window_rope_theta=None if window is None or (local_theta == theta and scaling is None) else local_theta,
@@ -208,12 +113,13 @@ def write_config(architecture: Architecture, base: Mapping[str, Any] | None, dty
             break
     else:
         raise ConfigError(f"config.json model_type={candidates[0]} can't express {architecture}")
-    kept = {key: value for key, value in (base or {}).items() if key not in _REPLACED}
-    return {**kept, **config, "architectures": [_FAMILIES[model_type].architecture], "torch_dtype": dtype}
+    # no token pads what came without a config.json; some types' default is beyond smaller vocabularies
+    kept = {key: value for key, value in (base or {"pad_token_id": None}).items() if key not in _REPLACED}
+    return {**kept, **config, "architectures": [family_of(model_type).architecture], "torch_dtype": dtype}
 
 
 # the model types that a model without a config.json may get, the first that fits
-_CANDIDATES = ("llama", "qwen2", "mistral", "qwen3", "gemma2", "gemma3_text")
+_CANDIDATES = ("llama", "qwen2", "mistral", "qwen3", "gemma2", "gemma3_text", "glm", "glm4", "baichuan")
 
 # keys of a base config that say in another way what `_fields` writes
 _REPLACED = frozenset(
@@ -225,13 +131,14 @@ _REPLACED = frozenset(
         "sliding_window_pattern",
         "use_sliding_window",
         "max_window_layers",
+        "partial_rotary_factor",
     }
 )
 
 
 def places(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Place]:
     """Where each parameter lies in the files beside this config.json, by our name in canonical order."""
-    return _family(config["model_type"]).spelling.places(architecture)
+    return family_of(config["model_type"]).spelling.places(architecture)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -279,12 +186,6 @@ def check_parameters(
         raise ConfigError(f"{origin} doesn't hold the weights its config describes:\n  {listed}{more}")
 
 
-def _family(model_type: object) -> _Family:
-    if not isinstance(model_type, str) or model_type not in _FAMILIES:
-        raise ConfigError(f"config.json model_type={model_type!r} is not supported; use one of {sorted(_FAMILIES)}")
-    return _FAMILIES[model_type]
-
-
 def _says(config: Mapping[str, Any], architecture: Architecture) -> bool:
     """Whether this config.json would be read as that architecture."""
     try:
@@ -295,7 +196,7 @@ def _says(config: Mapping[str, Any], architecture: Architecture) -> bool:
 
 def _fields(architecture: Architecture, model_type: str) -> dict[str, Any]:
     """The keys of `architecture` as `model_type` spells them (what it can't express is lost)."""
-    a, family = architecture, _family(model_type)
+    a, family = architecture, family_of(model_type)
     config: dict[str, Any] = {
         "model_type": model_type,
         family.activation_key: next(name for name, ours in _ACTIVATIONS.items() if ours == a.activation),
@@ -313,8 +214,8 @@ def _fields(architecture: Architecture, model_type: str) -> dict[str, Any]:
         **(local_rope_keys(a) if family.local_rope else {}),
         **write_windows(a, family.windows),
     }
-    if family.attention_bias_key:
-        config["attention_bias"] = a.output_bias
+    if family.attention_bias is not None:
+        config["attention_bias"] = a.qkv_bias
     if family.mlp_bias_key:
         config["mlp_bias"] = a.mlp_bias
     if family.gemma:
@@ -324,10 +225,24 @@ def _fields(architecture: Architecture, model_type: str) -> dict[str, Any]:
             "attn_logit_softcapping": a.score_cap,
             "final_logit_softcapping": a.logit_cap,
         }
-    return config
+    if family.rotary_share != 1:
+        config["partial_rotary_factor"] = (a.rotary_dim or a.head_dim) / a.head_dim
+    return hf_published.write(config, a)
 
 
-def _gemma_fields(config: Mapping[str, Any], family: _Family, width: int, head_dim: int) -> dict[str, Any]:
+def _rotary_dim(config: Mapping[str, Any], family: Family, head_dim: int) -> int | None:
+    """None for the whole head."""
+    key = "partial_rotary_factor"
+    share = config.get(key, (config.get("rope_parameters") or {}).get(key))
+    share = family.rotary_share if share is None else positive({key: share}, key, 1.0)
+    if share == 1:
+        return None
+    if family.rotary_share == 1 or share > 1:
+        raise ConfigError(f"config.json {key}={share} is not supported; supported is 1.0")
+    return int(head_dim * share)
+
+
+def _gemma_fields(config: Mapping[str, Any], family: Family, width: int, head_dim: int) -> dict[str, Any]:
     scalar = positive(config, "query_pre_attn_scalar", 256)
     return {
         "embedding_scale": width**0.5,
@@ -346,7 +261,7 @@ def _head_dim(config: Mapping[str, Any], default: int | None, width: int, heads:
     return head_dim
 
 
-def _activation(config: Mapping[str, Any], family: _Family) -> str:
+def _activation(config: Mapping[str, Any], family: Family) -> str:
     key, usual = family.activation_key, "gelu_pytorch_tanh" if family.gemma else "silu"
     name = config.get(key, usual)
     if name not in _ACTIVATIONS or (family.gemma and _ACTIVATIONS[name] != "gelu_tanh"):

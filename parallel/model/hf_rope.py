@@ -67,8 +67,6 @@ def read_rope(config: Mapping[str, Any], max_positions: int) -> tuple[float, Rop
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     theta = 10000.0 if theta is None else _number(where, "rope_theta", theta)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"config.json {where}.partial_rotary_factor={rope['partial_rotary_factor']} must be 1")
     if kind in ("default", None):
         _refuse_unknown(where, "default", rope, ())
         return theta, None

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from conf.schema import Architecture, ModelConf, TuneConf
@@ -22,12 +22,13 @@ from tests.commands import write_chats
 from tests.dist.test_peft_interop import PROMPTS, engine_logits, serving
 from tests.dist.test_serving_parity import NEW_TOKENS, requests
 from tests.dist.test_training_parity import assert_same
-from tests.models import GEMMA2, GEMMA3, QWEN3, RandomWeights
+from tests.models import BAICHUAN_13B, GEMMA2, GEMMA3, GLM4, QWEN3, RandomWeights
 from tests.serving import Served, Serving, serve
 from tests.training import Outcome, layout, train
 from tests.unit.test_decoder import hf_model, our_model, packed_step
 
-ARCHITECTURES = {"qwen3": QWEN3, "gemma2": GEMMA2, "gemma3": GEMMA3}
+ARCHITECTURES = {"qwen3": QWEN3, "gemma2": GEMMA2, "gemma3": GEMMA3, "glm4": GLM4, "baichuan": BAICHUAN_13B}
+IN_TRANSFORMERS = ("qwen3", "gemma2", "gemma3", "glm4")
 LAYOUTS = {
     "tensor2": layout(tensor=2),
     "tensor3_pipeline2": layout(tensor=3, pipeline=2, microbatches=2),
@@ -52,6 +53,10 @@ CASES = [
     ("gemma3", "tensor2", "full"),
     ("gemma3", "tensor3_pipeline2", "lora"),
     ("gemma3", "pipeline2_recompute", "full"),
+    ("glm4", "tensor3_pipeline2", "full"),
+    ("glm4", "tensor2", "prefix"),
+    ("baichuan", "tensor3_pipeline2", "full"),
+    ("baichuan", "tensor2", "lora"),
 ]
 
 
@@ -92,7 +97,7 @@ def theirs(directory: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", IN_TRANSFORMERS)
 def test_greedy_answers_are_those_of_transformers(name: str) -> None:
     oracle = transformers_model(served(name))
     oracle.generation_config.eos_token_id = None
@@ -108,7 +113,9 @@ def test_greedy_answers_are_those_of_transformers(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "pipeline", "tensor"), [("qwen3", 1, 3), ("gemma2", 1, 2), ("gemma3", 2, 2)], ids=lambda value: str(value)
+    ("name", "pipeline", "tensor"),
+    [("qwen3", 1, 3), ("gemma2", 1, 2), ("gemma3", 2, 2), ("glm4", 1, 2), ("baichuan", 2, 2)],
+    ids=lambda value: str(value),
 )
 def test_every_layout_gives_the_same_tokens(name: str, pipeline: int, tensor: int) -> None:
     assert serve(served(name, pipeline=pipeline, tensor=tensor), [requests()]).tokens == reference(name).tokens
@@ -122,14 +129,18 @@ def test_chunking_and_company_change_no_bit(name: str) -> None:
         assert serve(served(name), [[request]]).logprobs[request.id] == reference(name).logprobs[request.id]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_an_adapter_of_peft_serves_here(name: str, tmp_path: Path) -> None:
+ADAPTERS = {"qwen3": "all-linear", "gemma2": "all-linear", "gemma3": "all-linear", "glm4": ["q_proj", "down_proj"]}
+
+
+@pytest.mark.parametrize(("name", "kind"), [*((name, "lora") for name in ADAPTERS), ("glm4", "prefix")])
+def test_an_adapter_of_peft_serves_here(name: str, kind: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
     transformers_model(served(name)).save_pretrained(str(base))
     byte_tokenizer().save(base)
     torch.manual_seed(1)
-    config = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    model = get_peft_model(theirs(base), config)
+    lora = LoraConfig(r=3, lora_alpha=5, target_modules=ADAPTERS[name], task_type="CAUSAL_LM", init_lora_weights=False)
+    prefix = PrefixTuningConfig(num_virtual_tokens=6, task_type="CAUSAL_LM")
+    model = get_peft_model(theirs(base), {"lora": lora, "prefix": prefix}[kind])
     model.save_pretrained(str(tmp_path / "adapter"))
     oracle, plain = PeftModel.from_pretrained(theirs(base), tmp_path / "adapter").eval(), theirs(base)
     alone = serving(base, tmp_path / "adapter")
@@ -142,7 +153,7 @@ def test_an_adapter_of_peft_serves_here(name: str, tmp_path: Path) -> None:
         assert torch.allclose(engine_logits(engine, prompt), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["gemma3"])
+@pytest.mark.parametrize("name", ["gemma3", "glm4"])
 def test_a_full_checkpoint_opens_in_transformers_and_trains_on(name: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
     transformers_model(served(name)).save_pretrained(str(base))

@@ -18,7 +18,7 @@ from parallel.model.decoder import Decoder
 from parallel.model.hf import places, write_config
 from parallel.model.load import build_decoder
 from parallel.model.step import Step
-from tests.models import BIASED, GEMMA2, GEMMA3, QWEN3, TINY, RandomWeights, in_files
+from tests.models import BIASED, GEMMA2, GEMMA3, GLM, GLM4, QWEN3, TINY, RandomWeights, in_files
 
 LENGTHS = (17, 1, 30)
 
@@ -38,6 +38,8 @@ ARCHITECTURES = {
     "qwen3": QWEN3,
     "gemma2": GEMMA2,
     "gemma3": GEMMA3,
+    "glm": GLM,
+    "glm4": GLM4,
 }
 
 
@@ -90,7 +92,7 @@ def test_packed_documents_give_transformers_logits(name: str) -> None:
     assert torch.allclose(ours, theirs, atol=2e-5, rtol=1e-4), (ours - theirs).abs().max()
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_biases", "mistral_window", "qwen3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "llama_biases", "mistral_window", "qwen3", "gemma2", "gemma3", "glm4"])
 def test_loss_and_every_gradient_are_transformers(name: str) -> None:
     architecture = ARCHITECTURES[name]
     weights = RandomWeights(architecture)

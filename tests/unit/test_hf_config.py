@@ -68,6 +68,7 @@ GEMMA2 = replace(
     window_layers=(True, False, True),
 )
 GEMMA3 = replace(GEMMA2, qk_norm=True, score_cap=None, logit_cap=None, rope_theta=1e6, window_rope_theta=1e4)
+GLM = replace(SMALL, norm_eps=1e-5, qkv_bias=True, rotary_dim=2, rotary_interleaved=True)
 ARCHITECTURES = {
     "llama": SMALL,
     "tied": replace(SMALL, tied_embeddings=True),
@@ -89,6 +90,8 @@ ARCHITECTURES = {
     "gemma2 plain": replace(GEMMA2, score_cap=None, logit_cap=None, attention_scalar=None, sliding_window=16),
     "gemma3": GEMMA3,
     "gemma3 scaled": replace(GEMMA3, rope_scaling=RopeScaling(kind="linear", factor=8.0), rope_theta=1e4),
+    "glm": GLM,
+    "glm4": replace(GLM, post_norms=True, head_dim=8, rotary_dim=4),
     "gemma3 global": replace(GEMMA3, sliding_window=None, window_layers=None, window_rope_theta=None),
 }
 
@@ -214,7 +217,7 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gptj"}, "model_type='gptj' is not supported; use one of ['gemma2', 'gemma3_text', 'llama', '"),
+        ({"model_type": "gptj"}, "model_type='gptj' is not supported; use one of ['baichuan', 'chatglm', 'gemma2', 'ge"),
         ({"model_type": None}, "model_type=None is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; supported is silu"),
         ({"hidden_size": None}, "has no hidden_size"),
@@ -235,7 +238,8 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": 1}}, "truncate=1 must be true or false"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "rope_parameters.full_attention is not supp"),
         ({"rope_scaling": [1]}, "rope_scaling must be an object"),
-        ({"rope_scaling": {**LINEAR, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 must be 1"),
+        ({"rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported; supported is 1.0"),
         ({"layer_types": ["full_attention"]}, "layer_types must list 3 layers"),
         ({"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "layer_types has 'chunked_att"),
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types has sliding_attention; model_type=llama has no win"),
