@@ -123,8 +123,6 @@ def _shape(architecture: Architecture) -> list[str]:
         problems.append("the model's alibi=true leaves rotary_* and rope_* without effect; remove them")
     if a.normalised_head and a.tied_embeddings:
         problems.append("the model's normalised_head=true needs a head of its own; set tied_embeddings=false")
-    if a.window_rope_theta is not None and a.sliding_window is None:
-        problems.append(f"the model's window_rope_theta={a.window_rope_theta} has no effect without sliding_window")
     if a.window_layers is not None and len(a.window_layers) != a.num_layers:
         problems.append(f"the model's window_layers has {len(a.window_layers)} entries but num_layers={a.num_layers}")
     return problems

@@ -1,8 +1,10 @@
 """A model in a GGUF file: llama.cpp's names, metadata and row order turned into Hugging Face's.
 
-Architectures: `llama` (Llama 2 and 3, SmolLM2, Mistral, ...), `qwen2`, `qwen3`, `gemma2` and `gemma3`, whose files hold
-the weights of norms with their 1 added. llama.cpp rotates neighbouring pairs where
-we rotate halves, so its converter reorders the rows of q and k in `llama` files; within a head of width H
+Architectures: `llama` (Llama 2 and 3, SmolLM2, Mistral, ...), `qwen2`, `qwen3`, `gemma2` and `gemma3` (whose files
+hold the weights of norms with their 1 added), `glm4`, `chatglm` (ChatGLM 2 and 3, GLM-4) and `baichuan` (the head of
+whose second version must have been normalised in the file: nothing there would ask for it). llama.cpp rotates
+neighbouring pairs where we rotate halves, so its converter reorders the rows of q and k in files of `llama` and
+`baichuan`; within a head of width H
 
     row of the file    0  1    2  3      4  5    ...  H-2  H-1
     row of ours        0  H/2  1  H/2+1  2  H/2+2     H/2-1  H-1
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -75,8 +77,14 @@ class _Family:
     """rope.freq_base when the key is absent."""
     local_theta: float | None = None
     """The base in layers with the window."""
+    alibi_layers: int = 0
+    """The number of layers of the model that has ALiBi, which files don't mark."""
     spelling: Spelling = _LLAMA
 
+
+_GLM = replace(_LLAMA, fused={"ffn_up": ("mlp.gate_proj", "mlp.up_proj")})
+_QKV = "attn_qkv"
+"""The tensor that some files hold q, k and v in."""
 
 _GEMMA: Mapping[str, Any] = MappingProxyType({"norm_offset": True, "post_norms": True, "activation": "gelu_tanh"})
 _FAMILIES: Mapping[str, _Family] = MappingProxyType(
@@ -94,6 +102,9 @@ _FAMILIES: Mapping[str, _Family] = MappingProxyType(
             theta=1e6,
             local_theta=1e4,
         ),
+        "glm4": _Family(fixed={"rotary_interleaved": True, "post_norms": True}, spelling=_GLM),
+        "chatglm": _Family(fixed={"rotary_interleaved": True}, spelling=_GLM),
+        "baichuan": _Family(permuted=True, alibi_layers=40),
     }
 )
 _NOT_WEIGHTS = re.compile(r"rope_freqs\.weight|rope_factors_.*|blk\.\d+\.attn_rot_embd.*")
@@ -111,7 +122,7 @@ class GgufSource:
         self._file = read_gguf(path.resolve())
         self._family = _FAMILIES[family_of(self._file)]
         self.architecture = read_gguf_architecture(self._file)
-        self._places = self._family.spelling.places(self.architecture)
+        self._places = _spelling(self._file, self._family).places(self.architecture)
         found = {name: t.shape for name, t in self._file.tensors.items() if not _NOT_WEIGHTS.fullmatch(name)}
         check_parameters(self.architecture, found, str(path), self._places)
 
@@ -182,9 +193,11 @@ def read_gguf_architecture(file: GgufFile) -> Architecture:
         raise ConfigError(f"{path}: token_embd.weight is missing")
     heads, width = _count(file, "attention.head_count"), _count(file, "embedding_length")
     head_dim = _count(file, "attention.key_length", width // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
+    partial = bool(family.fixed.get("rotary_interleaved"))
+    for key in ("attention.value_length", *(() if partial else ("rope.dimension_count",))):
         if _count(file, key, head_dim) != head_dim:
             raise ConfigError(f"{path}: {kind}.{key} must equal the head width {head_dim}")
+    turned = _count(file, "rope.dimension_count", head_dim)
     max_positions = _count(file, "context_length")
     theta, scaling = read_gguf_rope(file, head_dim, max_positions, family.theta)
     layers = _count(file, "block_count")
@@ -201,7 +214,9 @@ def read_gguf_architecture(file: GgufFile) -> Architecture:
         norm_eps=file.number(f"{kind}.attention.layer_norm_rms_epsilon", 1e-5),
         rope_theta=theta,
         rope_scaling=scaling,
-        qkv_bias="blk.0.attn_q.bias" in file.tensors,
+        rotary_dim=None if turned == head_dim else turned,
+        alibi=layers == family.alibi_layers,
+        qkv_bias=f"blk.0.{_QKV}.bias" in file.tensors or "blk.0.attn_q.bias" in file.tensors,
         output_bias="blk.0.attn_output.bias" in file.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
         tied_embeddings="output.weight" not in file.tensors,
@@ -211,6 +226,14 @@ def read_gguf_architecture(file: GgufFile) -> Architecture:
         **(_gemma_fields(file, family, width, layers, width // heads) if family.gemma else {}),
         **family.fixed,
     )
+
+
+def _spelling(file: GgufFile, family: _Family) -> Spelling:
+    """With q, k and v in one tensor, if this file has them so."""
+    if f"blk.0.{_QKV}.weight" not in file.tensors:
+        return family.spelling
+    joined = {_QKV: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
+    return replace(family.spelling, fused={**family.spelling.fused, **joined})
 
 
 def family_of(file: GgufFile) -> str:

@@ -128,9 +128,13 @@ GEMMA = replace(
     embedding_scale=8.0,
     sliding_window=16,
 )
+GLM = replace(SMALL, qkv_bias=True, rotary_dim=8, rotary_interleaved=True)
 OTHERS = {
     "qwen3": replace(SMALL, qk_norm=True, head_dim=32),
     "gemma2": replace(GEMMA, score_cap=50.0, logit_cap=30.0, window_layers=(True, False) * 3 + (True,)),
+    "glm4": replace(GLM, post_norms=True),
+    "chatglm": GLM,
+    "baichuan": replace(SMALL, num_kv_heads=4, num_layers=40, alibi=True),
     "gemma3": replace(GEMMA, qk_norm=True, window_rope_theta=1e4, window_layers=(True,) * 5 + (False, True)),
 }
 
