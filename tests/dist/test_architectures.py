@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,8 +14,13 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from conf.schema import Architecture, ModelConf, TuneConf
+from parallel import checkpoint
+from parallel.adapters import peft as peft_files
+from parallel.adapters.prefix import Prefix, StepPrefix
 from parallel.comm import Launch
+from parallel.model.attend import DocumentAttend
 from parallel.model.source import open_source
+from parallel.model.step import Step
 from parallel.model.tokenizer_bytes import byte_tokenizer
 from serve.start import build_engine
 from tests.commands import train as train_command
@@ -64,6 +70,13 @@ CASES = [
 def test_loss_and_every_gradient_are_those_of_one_process(name: str, how: str, tune: str) -> None:
     run = replace(LAYOUTS[how], architecture=ARCHITECTURES[name], tune=TUNES[tune])
     assert_same(train(run), alone(name, tune), 1e-10)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_kernels_gradients_in_float32_are_those_of_float64(name: str) -> None:
+    """The C++ kernels' caps, slopes and windows, beside the reference's."""
+    run = layout(architecture=ARCHITECTURES[name], dtype="float32", tensor=2)
+    assert_same(train(run), alone(name, "full"), 1e-4)
 
 
 def served(name: str, **how: Any) -> Serving:
@@ -151,6 +164,21 @@ def test_an_adapter_of_peft_serves_here(name: str, kind: str, tmp_path: Path) ->
             expected, without = oracle(input_ids=ids).logits[0], plain(input_ids=ids).logits[0]
         assert (expected - without).abs().max() > 0.05, "the adapter hardly does anything"
         assert torch.allclose(engine_logits(engine, prompt), expected, atol=1e-4, rtol=0)
+        if kind == "prefix":
+            ours = logits_behind_prefix(open_source(alone.model), tmp_path / "adapter", prompt)
+            assert torch.allclose(ours, expected, atol=1e-4, rtol=0)
+
+
+def logits_behind_prefix(source: Any, adapter: Path, ids: Sequence[int]) -> torch.Tensor:
+    """As training computes them."""
+    decoder = our_model(source, torch.float32)
+    found = peft_files.read(adapter, source.architecture)
+    prefix = Prefix(found, decoder, checkpoint.reader(adapter / peft_files.WEIGHTS), trainable=False)
+    layers = StepPrefix.begin(prefix).layers(torch.float32)
+    attend = DocumentAttend(source.architecture, decoder.here, decoder.ops, [0, len(ids)], layers)
+    positions = torch.arange(len(ids)) + found.virtual_tokens
+    with torch.no_grad():
+        return decoder.logits(decoder(torch.tensor(ids), Step(position_T=positions, attend=attend)))
 
 
 @pytest.mark.parametrize("name", ["gemma3", "glm4"])
