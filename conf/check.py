@@ -115,6 +115,14 @@ def _shape(architecture: Architecture) -> list[str]:
         problems.append(f"the model's num_heads={a.num_heads} is no multiple of num_kv_heads={a.num_kv_heads}")
     if a.head_dim % 2:
         problems.append(f"the model's head_dim={a.head_dim} is odd; rotary embeddings turn pairs")
+    if a.rotary_dim is not None and (a.rotary_dim % 2 or a.rotary_dim > a.head_dim):
+        problems.append(f"the model's rotary_dim={a.rotary_dim} must be even and at most head_dim={a.head_dim}")
+    if a.rotary_dim not in (None, a.head_dim) and a.rope_scaling is not None and a.rope_scaling.kind == "yarn":
+        problems.append(f"the model's rotary_dim={a.rotary_dim} excludes yarn, which would scale whole heads")
+    if a.alibi and (a.rotary_dim or a.rotary_interleaved or a.rope_scaling or a.window_rope_theta):
+        problems.append("the model's alibi=true leaves rotary_* and rope_* without effect; remove them")
+    if a.normalised_head and a.tied_embeddings:
+        problems.append("the model's normalised_head=true needs a head of its own; set tied_embeddings=false")
     if a.window_layers is not None and len(a.window_layers) != a.num_layers:
         problems.append(f"the model's window_layers has {len(a.window_layers)} entries but num_layers={a.num_layers}")
     return problems

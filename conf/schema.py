@@ -53,7 +53,8 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The shape of a Llama-family decoder; Llama, SmolLM2, Mistral, Qwen2 and XVERSE are values of it."""
+    """The shape of a decoder. Llama, SmolLM2, Mistral, Qwen 2 and 3, XVERSE, Gemma 2 and 3, ChatGLM 2 and 3, GLM-4 and
+    Baichuan are values of it."""
 
     num_layers: int = field(metadata=about("Decoder layers.", FROM_1))
     width: int = field(metadata=about("Width of the residual stream (D).", FROM_1))
@@ -74,7 +75,29 @@ class Architecture:
     window_layers: tuple[bool, ...] | None = option(
         None, "Layers that use the window; None = every layer.", needs=("sliding_window", (SET,))
     )
-    activation: Literal["silu"] = option("silu", "Activation of the gate.")
+    window_rope_theta: float | None = option(
+        None,
+        "Base of the rotary frequencies in layers with the window, unscaled there; None = rope_theta.",
+        ABOVE_0,
+        needs=("sliding_window", (SET,)),
+    )
+    rotary_dim: int | None = option(None, "First dimensions of a head, which rotary turns; None = all.", "[2,inf)")
+    rotary_interleaved: bool = option(False, "Rotary turns neighbouring dimensions, not those half a width apart.")
+    alibi: bool = option(False, "Scores fall with the distance (ALiBi); no rotary embedding.")
+    normalised_head: bool = option(False, "The rows of the head are scaled to length 1 (Baichuan 2).")
+    activation: Literal["silu", "gelu_tanh"] = option("silu", "Activation of the gate.")
+    qk_norm: bool = option(False, "Each head's query and key pass an RMS norm before rotary.")
+    post_norms: bool = option(False, "What attention and feed-forward give passes an RMS norm before it is added.")
+    norm_offset: bool = option(False, "Norms multiply by 1 + their weight.")
+    embedding_scale: float = option(1.0, "Factor on the embedding's output.", ABOVE_0)
+    attention_scalar: float | None = option(None, "Scores are divided by its root; None = head_dim.", ABOVE_0)
+    score_cap: float | None = option(None, "Scores s become cap * tanh(s / cap).", ABOVE_0)
+    logit_cap: float | None = option(None, "Logits l become cap * tanh(l / cap).", ABOVE_0)
+
+    @property
+    def score_scale(self) -> float:
+        """Factor on the products of queries and keys."""
+        return (self.attention_scalar or self.head_dim) ** -0.5
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,11 @@ ROWS = 512
 """Rows of logits held at a time: the same on every rank, whatever its cut of the vocabulary."""
 
 
+def capped(logits_BV: Tensor, cap: float | None) -> Tensor:
+    """`cap * tanh(logits / cap)` (Gemma 2, arXiv:2408.00118, sec. 2) in their memory, or the logits as they are."""
+    return logits_BV if cap is None else logits_BV.div_(cap).tanh_().mul_(cap)
+
+
 def cross_entropy(
     hidden_BD: Tensor,
     weight_VD: Weight,
@@ -32,18 +37,20 @@ def cross_entropy(
     first_row: int,
     tensor: Group,
     ops: Ops,
+    cap: float | None = None,
     split: Split | None = None,
 ) -> Tensor:
-    """Sum over B of `-log softmax(hidden W^T)[target]`, a float32 (float64) scalar, replicated over tensor.
+    """Sum over B of `-log softmax(capped(hidden W^T))[target]`, a float32 (float64) scalar, replicated over tensor.
 
     hidden_BD: normed states in the compute dtype. weight_VD: this rank's rows of the output matrix, the first being
-    row `first_row`; a master, or packed. target_B: int64 global ids. split: how the rows of hidden fall on the ranks,
-    of which each then has its own [B_r, D]. Communicates 3 floats a row forward (max, sum, target logit), and the
-    gradient of hidden backward (B * D, all-reduce; with a split gathered forward, reduce-scattered backward).
+    row `first_row`; a master, or packed. target_B: int64 global ids. cap: of `capped`. split: how the rows of hidden
+    fall on the ranks, of which each then has its own [B_r, D]. Communicates 3 floats a row forward (max, sum, target
+    logit), and the gradient of hidden backward (B * D, all-reduce; with a split gathered forward, reduce-scattered
+    backward).
     """
     trained = weight_VD if isinstance(weight_VD, Tensor) else None
     hidden_BD = regions.enter(hidden_BD, tensor, split)
-    return _CrossEntropy.apply(hidden_BD, trained, weight_VD, target_B, first_row, tensor, ops)  # type: ignore[no-any-return]
+    return _CrossEntropy.apply(hidden_BD, trained, weight_VD, target_B, first_row, tensor, ops, cap)  # type: ignore[no-any-return]
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -57,6 +64,7 @@ class _CrossEntropy(torch.autograd.Function):
         first_row: int,
         tensor: Group,
         ops: Ops,
+        cap: float | None,
     ) -> Tensor:
         dtype = hidden_BD.dtype
         work = torch.float64 if dtype == torch.float64 else torch.float32
@@ -72,7 +80,7 @@ class _CrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=work, device=hidden_BD.device)
         for start in range(0, len(target_B), ROWS):
             rows = slice(start, start + ROWS)
-            logits = ops.linear(hidden_BD[rows], weight, wide=True)
+            logits = capped(ops.linear(hidden_BD[rows], weight, wide=True), cap)
             local = target_B[rows] - first_row
             local = torch.where((local >= 0) & (local < weight.shape[0]), local, -1)
             picked = torch.where(local >= 0, logits.gather(1, local.clamp_min(0)[:, None])[:, 0], 0.0)
@@ -80,7 +88,7 @@ class _CrossEntropy(torch.autograd.Function):
             total += (lse - picked).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            grad = ops.loss_gradient(logits, lse, local, dtype)
+            grad = _logit_gradient(logits, lse, local, dtype, ops, cap)
             if grad_hidden is not None:
                 wide = ops.input_gradient(grad, weight) if turned is None else ops.linear(grad, turned, wide=True)
                 grad_hidden[rows] = wide
@@ -97,7 +105,17 @@ class _CrossEntropy(torch.autograd.Function):
             grad_hidden = (grad_hidden * grads[0]).to(ctx.dtype)
         if grad_weight is not None:
             grad_weight = _scaled(grad_weight, grads[0], ctx.trained)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
+
+
+def _logit_gradient(
+    logits_BV: Tensor, lse_B: Tensor, target_B: Tensor, dtype: torch.dtype, ops: Ops, cap: float | None
+) -> Tensor:
+    """Gradient [B, V] by what the head gave, in `dtype`; the logits, capped, are of no use afterwards."""
+    if cap is None:
+        return ops.loss_gradient(logits_BV, lse_B, target_B, dtype)
+    slope = 1 - (logits_BV / cap).square_()  # d cap tanh(l / cap) / dl
+    return ops.loss_gradient(logits_BV, lse_B, target_B, logits_BV.dtype).mul_(slope).to(dtype)
 
 
 def _room(trained_VD: Tensor, dtype: torch.dtype) -> Tensor:

@@ -40,6 +40,9 @@ TABLE: dict[str, tuple[int, Unit]] = {
     "down_proj.weight": (1, "ffn"),
 }
 
+# replicated, but each tensor rank meets them with its own heads alone: their gradients are partial sums
+PER_HEAD = ("q_norm.weight", "k_norm.weight")
+
 
 def partition(units: int, size: int) -> tuple[int, ...]:
     """Offsets (length size + 1) that cut `units` into `size` contiguous parts, the first ones one larger.
@@ -179,7 +182,8 @@ def place(name: str, shape: Sequence[int], architecture: Architecture, here: Cut
     full = whole(shape)
     suffix = ".".join(name.rsplit(".", 2)[-2:])
     if suffix not in TABLE:
-        reduce = "tensor" if here.sequence and here.size > 1 else "none"
+        partial = here.size > 1 and (here.sequence or suffix in PER_HEAD)
+        reduce = "tensor" if partial else "none"
         return Spec(name=name, shape=tuple(shape), index=full, owned=full if here.rank == 0 else None, reduce=reduce)
     dim, unit = TABLE[suffix]
     width = architecture.head_dim if unit in ("heads", "kv_heads") else 1

@@ -167,6 +167,8 @@ class Embedding(nn.Module):
         architecture = build.architecture
         self.ops, self.tensor, self.dtype = build.ops, build.tensor, build.dtype
         self.start, _ = build.here.vocab
+        # Gemma's own code rounds the factor to the compute dtype too
+        self.scale = torch.tensor(architecture.embedding_scale, dtype=build.dtype).item()
         spec, self.weight = build.matrix(f"{name}.weight", architecture.vocab_size, architecture.width)
         self.specs = {"weight": spec}
 
@@ -176,27 +178,38 @@ class Embedding(nn.Module):
         With a split -> this rank's share [T_r, D] (one reduce-scatter).
         """
         if self.tensor.size == 1:
-            return self.ops.embedding(ids_T, self.weight).to(self.dtype)
-        x_TD = self.ops.embedding(ids_T, self.weight, self.start).to(self.dtype)
-        return regions.leave(x_TD, self.tensor, split)
+            x_TD = self.ops.embedding(ids_T, self.weight).to(self.dtype)
+        else:
+            x_TD = self.ops.embedding(ids_T, self.weight, self.start).to(self.dtype)
+            x_TD = regions.leave(x_TD, self.tensor, split)
+        return x_TD if self.scale == 1 else x_TD * self.scale
 
 
 class Norm(nn.Module):
-    """RMSNorm with a replicated weight; its gradient is whole on every tensor rank, where tokens are split partial."""
+    """RMSNorm with a replicated weight; its gradient is whole on every tensor rank, unless it norms heads (q and k) or
+    tokens are split: partial then."""
 
-    def __init__(self, build: Build, name: str) -> None:
+    def __init__(self, build: Build, name: str, width: int | None = None) -> None:
+        """width: of what is normed; the residual stream's by default."""
         super().__init__()
-        self.ops, self.eps = build.ops, build.architecture.norm_eps
-        spec, self.weight = build.parameter(f"{name}.weight", build.architecture.width)
+        a = build.architecture
+        self.ops, self.eps = build.ops, a.norm_eps
+        spec, self.weight = build.parameter(f"{name}.weight", width or a.width)
         self.specs = {"weight": spec}
+        self.adds_one = a.norm_offset and build.trainable
+        if a.norm_offset and not build.trainable:  # once and for all, and rounded once
+            exact = build.read(spec, master_dtype(build.dtype)).to(build.device)
+            self.weight.data = (exact + 1).to(build.dtype)
 
     def forward(self, x_TD: Tensor, delta_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(x, norm(x)), or with a delta (x + delta, norm(x + delta)): [T, D] each, in x's dtype."""
-        weight = self.weight.to(x_TD.dtype)
         if delta_TD is None:
-            return x_TD, self.ops.rms_norm(x_TD, weight, self.eps)
-        return self.ops.add_rms_norm(x_TD, delta_TD, weight, self.eps)
+            return x_TD, self.again(x_TD)
+        return self.ops.add_rms_norm(x_TD, delta_TD, self._factor(x_TD.dtype), self.eps)
 
     def again(self, x_TD: Tensor) -> Tensor:
         """The second result of `forward` from its first, bitwise."""
-        return self.ops.rms_norm(x_TD, self.weight.to(x_TD.dtype), self.eps)
+        return self.ops.rms_norm(x_TD, self._factor(x_TD.dtype), self.eps)
+
+    def _factor(self, dtype: torch.dtype) -> Tensor:
+        return (self.weight + 1 if self.adds_one else self.weight).to(dtype)

@@ -11,7 +11,7 @@ from conf.schema import Architecture
 from kernels.dispatch import Ops
 from kernels.memory import Area
 from kernels.paged import PagedLayout
-from parallel.model.attend import window_of
+from parallel.model.attend import scoring
 from parallel.model.decoder import Decoder, Stage
 from parallel.model.step import Angles
 from parallel.sharding import Cut
@@ -63,16 +63,8 @@ class PagedAttend:
     """int64 [T]: flat cache slot of each token."""
 
     def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, angles: Angles) -> Tensor:
-        """[T, N/tp, H] in q's dtype; q and k come without rotary."""
+        """[T, N/tp, H] in q's dtype; q and k come without rotary, in the order of `rope.paired`."""
         keys, values = self.cache.of(layer)
         q_TNH = self.ops.rotary_write(q_TNH, k_TKH, v_TKH, *angles, keys, values, self.slot_T)
-        out, _ = self.ops.attention_paged(
-            q_TNH,
-            keys,
-            values,
-            self.layout,
-            kv_index=self.here.kv_index,
-            window=window_of(self.architecture, layer),
-            scale=self.architecture.head_dim**-0.5,
-        )
-        return out
+        how = scoring(self.architecture, self.here, layer)
+        return self.ops.attention_paged(q_TNH, keys, values, self.layout, **how)[0]

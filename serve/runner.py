@@ -16,6 +16,7 @@ from parallel.adapters import lora, peft
 from parallel.adapters.prefix import Prefix
 from parallel.mesh import Mesh
 from parallel.model.decoder import Decoder
+from parallel.model.rope import paired
 from parallel.model.step import Step
 from parallel.pipeline import run
 from parallel.pipeline.run import Border
@@ -154,7 +155,8 @@ class Runner:
             torch.tensor(pages, device=kv.device)[places // self.page_size] * self.page_size + places % self.page_size
         )
         for i, (keys, values) in enumerate(zip(self.cache.keys, self.cache.values, strict=True)):
-            self.decoder.ops.write_pages(keys, values, kv[:, i, 0], kv[:, i, 1], slots)
+            key = paired(kv[:, i, 0], self.decoder.architecture)
+            self.decoder.ops.write_pages(keys, values, key, kv[:, i, 1], slots)
 
     def unload_adapter(self, name: str, pool: PagePool) -> None:
         """Forgets the adapter; no live request may use it.

@@ -30,6 +30,10 @@ THEIRS = {
     "lm_head.weight": "output.weight",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_self_attn_layernorm": "post_attention_norm",
+    "post_mlp_layernorm": "post_ffw_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -39,6 +43,10 @@ THEIRS = {
     "mlp.down_proj": "ffn_down",
     "model.layers.": "blk.",
 }
+
+
+_GATES = {"ffn_up": ("ffn_gate", "ffn_up")}
+JOINED = {"glm4": _GATES, "chatglm": {**_GATES, "attn_qkv": ("attn_q", "attn_k", "attn_v")}}
 
 
 def their_name(name: str) -> str:
@@ -71,6 +79,14 @@ def add_architecture(writer: gguf.GGUFWriter, architecture: Architecture) -> Non
     if architecture.head_dim * architecture.num_heads != architecture.width:
         writer.add_key_length(architecture.head_dim)
         writer.add_value_length(architecture.head_dim)
+    if architecture.rotary_dim is not None:
+        writer.add_rope_dimension_count(architecture.rotary_dim)
+    if architecture.sliding_window is not None:
+        writer.add_sliding_window(architecture.sliding_window)
+    if architecture.score_cap is not None:
+        writer.add_attn_logit_softcapping(architecture.score_cap)
+    if architecture.logit_cap is not None:
+        writer.add_final_logit_softcapping(architecture.logit_cap)
 
 
 def write_model(
@@ -86,13 +102,24 @@ def write_model(
     if extra:
         extra(writer)
     weights = weights_of(architecture)
+    tensors: dict[str, np.ndarray] = {}
     for name, weight in weights.items():
         values = weight.numpy()
-        if kind == "llama" and ".q_proj." in name:
+        if kind in ("llama", "baichuan") and ".q_proj." in name:
             values = interleave(values, architecture.num_heads)
-        if kind == "llama" and ".k_proj." in name:
+        if kind in ("llama", "baichuan") and ".k_proj." in name:
             values = interleave(values, architecture.num_kv_heads)
-        writer.add_tensor(their_name(name), np.ascontiguousarray(values))
+        if architecture.norm_offset and name.endswith("norm.weight"):
+            values = values + 1
+        tensors[their_name(name)] = values
+    for layer in range(architecture.num_layers):
+        for joined, parts in JOINED.get(kind, {}).items():
+            for leaf in ("weight", "bias"):
+                names = [f"blk.{layer}.{part}.{leaf}" for part in parts]
+                if names[0] in tensors:
+                    tensors[f"blk.{layer}.{joined}.{leaf}"] = np.concatenate([tensors.pop(name) for name in names])
+    for name, values in tensors.items():
+        writer.add_tensor(name, np.ascontiguousarray(values))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -112,6 +112,7 @@ class Model:
             first_row=decoder.here.vocab[0],
             tensor=decoder.tensor,
             ops=decoder.ops,
+            cap=decoder.architecture.logit_cap,
             split=None if split is None else split.of_rows(batch.target_rows),
         )
 

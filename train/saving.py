@@ -28,7 +28,7 @@ from conf.schema import Config, ConfigError
 from parallel import checkpoint
 from parallel.adapters import peft
 from parallel.checkpoint import Block, TensorFile, renamed
-from parallel.model.hf import write_config
+from parallel.model.hf import places, write_config
 from parallel.model.safetensors_io import read_header
 from parallel.model.source import Source
 from parallel.tensor import master_dtype
@@ -194,7 +194,8 @@ def save(trainer: Trainer, source: Source, data: str, step: int, run_id: str | N
 def _public_files(model: Model, source: Source) -> list[TensorFile]:
     metadata = {"format": "pt"}
     if model.adapter is None:
-        return [TensorFile(MODEL, [Block(spec, p) for spec, p in model.placed()], metadata)]
+        found = places(source.architecture, source.hf_config)
+        return [TensorFile(MODEL, [Block(found[spec.name].spec(spec), p) for spec, p in model.placed()], metadata)]
     metadata[peft.BASE] = source.fingerprint
     if model.prefix is None:
         return [TensorFile(peft.WEIGHTS, [Block(spec, p) for spec, p in model.trainable()], metadata)]

@@ -1,4 +1,4 @@
-"""The decoder of the Llama family, written once: one process, any mesh, training and serving.
+"""The decoder, written once: one process, any mesh, training and serving.
 
 A pipeline stage is the same class with parts absent: the first stage embeds ids, the others take hidden states,
 the last one ends in the final norm. Layer names never renumber. A rank with several chunks of layers holds a decoder
@@ -15,11 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.master import Master
 from kernels.ops import Packed
+from parallel.loss import capped
 from parallel.model import rope
+from parallel.model.attend import uses_local_rope
 from parallel.model.block import Block
 from parallel.model.step import Step
 from parallel.sharding import Spec
-from parallel.tensor import Build, Embedding, Norm
+from parallel.tensor import Build, Embedding, Norm, master_dtype
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,24 @@ class Head(nn.Module):
     def __init__(self, build: Build) -> None:
         super().__init__()
         a = build.architecture
+        self.normalises = a.normalised_head and build.trainable
+        if a.normalised_head and not build.trainable:  # once and for all
+            read = build.read
+            build = replace(build, read=lambda spec, dtype: _unit_rows(read(spec, master_dtype(dtype))).to(dtype))
         spec, self.weight = build.matrix("lm_head.weight", a.vocab_size, a.width)
         self.specs = {"weight": spec}
+
+    @property
+    def rows(self) -> Tensor | Packed:
+        """[V/tp, D]: what hidden states are multiplied with."""
+        if not self.normalises:
+            return self.weight
+        assert isinstance(self.weight, Tensor)
+        return _unit_rows(self.weight)
+
+
+def _unit_rows(weight_VD: Tensor) -> Tensor:
+    return nn.functional.normalize(weight_VD, dim=1)
 
 
 class TiedHead(nn.Module):
@@ -62,6 +80,11 @@ class TiedHead(nn.Module):
         super().__init__()
         weight = embedding.weight
         self.weight = Master(weight.detach()) if isinstance(weight, Master) else weight
+
+    @property
+    def rows(self) -> Tensor | Packed:
+        """[V/tp, D]: what hidden states are multiplied with."""
+        return self.weight
 
 
 class Decoder(nn.Module):
@@ -77,8 +100,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.stage, self.ops, self.dtype, self.device = stage, build.ops, build.dtype, build.device
         self.architecture, self.here, self.tensor = build.architecture, build.here, build.tensor
-        frequency, self.rope_factor = rope.frequencies(build.architecture)
-        self.rope_frequency = frequency.to(build.device)
+        self.local_rope = {
+            layer: uses_local_rope(build.architecture, layer) for layer in range(stage.start, stage.stop)
+        }
+        self.rope: dict[bool, tuple[Tensor, float]] = {}
+        for local in sorted(set(self.local_rope.values())):
+            frequency, factor = rope.frequencies(build.architecture, local=local)
+            self.rope[local] = frequency.to(build.device), factor
         tied = build.architecture.tied_embeddings
         holds_embedding = stage.is_first or (stage.is_last and tied and tied_to is None)
         self.embed_tokens = Embedding(build, "model.embed_tokens") if holds_embedding else None
@@ -92,11 +120,13 @@ class Decoder(nn.Module):
             self.embed_tokens.specs["weight"] = replace(spec, tied=True, owned=spec.owned if stage.is_first else None)
 
     @property
-    def head_weight(self) -> nn.Parameter | Packed:
+    def head_weight(self) -> Tensor | Packed:
         """[V/tp, D]: this rank's rows of the output matrix (the embedding's when tied); last stage only."""
-        holder = self.lm_head if self.lm_head is not None else self.embed_tokens
-        assert holder is not None and self.stage.is_last
-        return holder.weight
+        assert self.stage.is_last
+        if self.lm_head is not None:
+            return self.lm_head.rows
+        assert self.embed_tokens is not None
+        return self.embed_tokens.weight
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """Runs this stage's layers.
@@ -108,16 +138,17 @@ class Decoder(nn.Module):
         if self.stage.is_first:
             assert self.embed_tokens is not None
             x = self.embed_tokens(x, step.split)
-        angles = self.ops.rotary_angles(step.position_T, self.rope_frequency, self.rope_factor, self.dtype)
+        angles = {
+            local: self.ops.rotary_angles(step.position_T, *rotary, self.dtype) for local, rotary in self.rope.items()
+        }
         delta: Tensor | None = None  # of the last block, not yet added to x
-        for layer in self.layers.values():
+        for number, layer in self.layers.items():
+            turn = angles[self.local_rope[int(number)]]
             if step.recompute == "full":  # of the sum: one tensor a block is kept
                 whole, nothing = _added(x, delta), None if delta is None else _nothing(delta)
-                x, delta = checkpoint(
-                    layer, whole, nothing, angles, step, use_reentrant=False, preserve_rng_state=False
-                )
+                x, delta = checkpoint(layer, whole, nothing, turn, step, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, delta = layer(x, delta, angles, step)
+                x, delta = layer(x, delta, turn, step)
         if self.norm is None:
             return _added(x, delta)
         if step.rows is not None:
@@ -128,7 +159,8 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """[B, V/tp]: this rank's columns of the logits of normed states, in the working dtype; last stage only."""
-        return self.ops.linear(hidden_BD, self.head_weight, wide=True)
+        logits_BV = self.ops.linear(hidden_BD, self.head_weight, wide=True)
+        return capped(logits_BV, self.architecture.logit_cap)
 
     def placed(self) -> Iterator[tuple[Spec, nn.Parameter]]:
         """Every parameter of this rank with its placement, adapters included, in construction order."""

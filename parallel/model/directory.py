@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from conf.schema import ConfigError
-from parallel.model.hf import check_parameters, parameter_shapes, read_architecture, read_config_file
+from parallel.model.hf import check_parameters, parameter_shapes, places, read_architecture, read_config_file
 from parallel.model.ranges import fingerprint
 from parallel.model.safetensors_io import Entry, Header, read_block, read_header
 from parallel.model.tokenizer import Tokenizer
@@ -101,7 +101,8 @@ class DirectorySource:
         except ConfigError as error:
             raise ConfigError(f"{directory}: {error}") from None
         self._files = SafetensorsFiles(self._directory)
-        check_parameters(self.architecture, self._files.shapes(), str(directory))
+        self._places = places(self.architecture, self.hf_config)
+        check_parameters(self.architecture, self._files.shapes(), str(directory), self._places)
         self._shapes = parameter_shapes(self.architecture)
 
     @property
@@ -119,7 +120,8 @@ class DirectorySource:
 
     def read(self, name: str, index: tuple[slice, ...], dtype: torch.dtype) -> Tensor:
         """The block `full[index]` of parameter `name` as a new contiguous `dtype` tensor; reads only its bytes."""
-        return self._files.read(name, index, dtype)
+        place = self._places[name]
+        return self._files.read(place.name, place.index(index), dtype)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer and chat template in the directory."""

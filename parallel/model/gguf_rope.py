@@ -15,14 +15,16 @@ from conf.schema import ConfigError, RopeScaling
 from parallel.model.gguf_file import GgufFile, read_rows
 
 
-def read_gguf_rope(file: GgufFile, head_dim: int, max_positions: int) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling or None) of `file`.
+def read_gguf_rope(
+    file: GgufFile, head_dim: int, max_positions: int, theta: float = 10000.0
+) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling or None) of `file`; `theta` where it names none.
 
     Raises:
         ConfigError: a scaling that isn't supported, or one whose parameters can't be recovered.
     """
     fields, prefix = file.fields, f"{file.fields['general.architecture']}.rope."
-    theta = file.number(f"{prefix}freq_base", 10000.0)
+    theta = file.number(f"{prefix}freq_base", theta)
     given = {
         key.removeprefix(f"{prefix}scaling."): value
         for key, value in fields.items()

@@ -1,46 +1,29 @@
-"""Hugging Face's config.json in both directions, and the names and shapes of the parameters in their files.
+"""Hugging Face's config.json in both directions.
 
 Only this file and the readers beside it know Hugging Face's spelling: `read_architecture` turns a config.json into
-an `Architecture`, `write_config` goes back. Supported `model_type`s are the Llama family: llama, mistral, qwen2 and
-xverse are configurations of one decoder. Whatever would change the numbers and isn't supported is an error.
+an `Architecture`, `write_config` goes back. Each supported `model_type` is a configuration of one decoder. Whatever
+would change the numbers and isn't supported is an error.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from conf.schema import Architecture, ConfigError
-from parallel.model.hf_rope import read_rope, write_rope
+from parallel.model import hf_published
+from parallel.model.hf_families import Family, family_of
+from parallel.model.hf_rope import local_rope_keys, read_rope, split_local_rope, write_rope
+from parallel.model.hf_shapes import parameter_shapes
+from parallel.model.hf_values import flag, integer, optional, positive
+from parallel.model.hf_windows import read_windows, write_windows
+from parallel.model.names import Place
 
+__all__ = ["check_parameters", "parameter_shapes", "places", "read_architecture", "read_config_file", "write_config"]
 
-@dataclass(frozen=True)
-class _Family:
-    """What a model_type leaves unsaid in its config.json, or can't say there."""
-
-    max_positions: int
-    kv_heads: int | None
-    """num_key_value_heads when the key is absent; None means as many as query heads."""
-    window: int | None = None
-    """sliding_window when the key is absent."""
-    qkv_bias: bool = False
-    attention_bias_key: bool = False
-    """Whether `attention_bias` (q, k, v and o) and `mlp_bias` exist."""
-    architecture: str = ""
-
-
-_FAMILIES: Mapping[str, _Family] = MappingProxyType(
-    {
-        "llama": _Family(2048, None, attention_bias_key=True, architecture="LlamaForCausalLM"),
-        "mistral": _Family(131072, 8, window=4096, architecture="MistralForCausalLM"),
-        "qwen2": _Family(32768, 32, window=4096, qkv_bias=True, architecture="Qwen2ForCausalLM"),
-        "xverse": _Family(8192, None, architecture="XverseForCausalLM"),
-    }
-)
 
 # keys that would change the numbers, with the only values under which they don't
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
@@ -48,12 +31,13 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "quantization_config": (None,),
         "quantization_bit": (None, 0),
         "attention_dropout": (None, 0, 0.0),
-        "partial_rotary_factor": (None, 1, 1.0),
         "is_encoder_decoder": (None, False),
+        "use_bidirectional_attention": (None, False),
     }
 )
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
+_ACTIVATIONS: Mapping[str, str] = MappingProxyType({"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"})
 
 
 def read_architecture(config: Mapping[str, Any]) -> Architecture:
@@ -63,41 +47,51 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         ConfigError: unknown `model_type`, a feature that isn't supported, or a missing or impossible value; the
             message names the key and what is supported.
     """
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in _FAMILIES:
-        raise ConfigError(f"config.json model_type={model_type!r} is not supported; use one of {sorted(_FAMILIES)}")
-    family = _FAMILIES[model_type]
+    family = family_of(config.get("model_type"))
+    config, odd = hf_published.read(config)
     _refuse_unsupported(config)
-    heads = _integer(config, "num_attention_heads")
-    kv_heads = _integer(config, "num_key_value_heads", family.kv_heads or heads, absent_if_none=heads)
-    layers, width = _integer(config, "num_hidden_layers"), _integer(config, "hidden_size")
-    head_dim = _head_dim(config, width, heads)
+    heads = integer(config, "num_attention_heads")
+    kv_heads = integer(config, "num_key_value_heads", family.kv_heads or heads, absent_if_none=heads)
+    layers, width = integer(config, "num_hidden_layers"), integer(config, "hidden_size")
+    head_dim = _head_dim(config, family.head_dim, width, heads)
     if heads % kv_heads:
         raise ConfigError(
             f"config.json num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
         )
-    attention_bias = family.attention_bias_key and _flag(config, "attention_bias")
-    max_positions = _integer(config, "max_position_embeddings", family.max_positions)
+    attention_bias = family.attention_bias is not None and flag(config, "attention_bias", family.attention_bias)
+    max_positions = integer(config, "max_position_embeddings", family.max_positions)
+    local_theta = None
+    if family.local_rope:
+        config, local_theta = split_local_rope(config)
     theta, scaling = read_rope(config, max_positions)
-    window, window_layers = _windows(config, model_type, layers)
+    window, window_layers = read_windows(config, family.windows, family.period, layers)
+    fields: dict[str, Any] = {
+        "qkv_bias": attention_bias,
+        "output_bias": attention_bias and family.output_bias,
+        "rotary_dim": _rotary_dim(config, family, head_dim),
+        "activation": _activation(config, family),
+        **(_gemma_fields(config, family, width, head_dim) if family.gemma else {}),
+        **family.fixed,
+        **odd,
+    }
     return Architecture(
         num_layers=layers,
         width=width,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        ffn_width=_integer(config, "intermediate_size"),
-        vocab_size=_integer(config, "vocab_size"),
+        ffn_width=integer(config, "intermediate_size"),
+        vocab_size=integer(config, "vocab_size"),
         max_positions=max_positions,
-        norm_eps=_positive(config, "rms_norm_eps", 1e-6),
+        norm_eps=positive(config, "rms_norm_eps", family.norm_eps),
         rope_theta=theta,
         rope_scaling=scaling,
-        qkv_bias=family.qkv_bias or attention_bias,
-        output_bias=attention_bias,
-        mlp_bias=family.attention_bias_key and _flag(config, "mlp_bias"),
-        tied_embeddings=_flag(config, "tie_word_embeddings"),
+        window_rope_theta=None if window is None or (local_theta == theta and scaling is None) else local_theta,
+        mlp_bias=family.mlp_bias_key and flag(config, "mlp_bias"),
+        tied_embeddings=flag(config, "tie_word_embeddings", family.tied),
         sliding_window=window,
         window_layers=window_layers,
+        **fields,
     )
 
 
@@ -105,30 +99,46 @@ def write_config(architecture: Architecture, base: Mapping[str, Any] | None, dty
     """A config.json for `architecture` with weights stored as `dtype` ("float32", "bfloat16", ...).
 
     `base` is the config.json the model came from: its other keys (token ids, ...) and its model_type are kept.
-    Without it the model_type is the first of llama, qwen2 and mistral that can express the architecture.
+    Without it the model_type is the first that can express the architecture.
 
     Raises:
         ConfigError: no model_type (or not the one of `base`) can express this architecture.
     """
     if dtype not in _DTYPES:
         raise ConfigError(f"model.dtype={dtype} can't be written to config.json; use one of {list(_DTYPES)}")
-    candidates = [base["model_type"]] if base and "model_type" in base else ["llama", "qwen2", "mistral"]
+    candidates = [base["model_type"]] if base and "model_type" in base else _CANDIDATES
     for model_type in candidates:
         config = _fields(architecture, model_type)
-        if read_architecture(config) == architecture:
+        if _says(config, architecture):
             break
     else:
         raise ConfigError(f"config.json model_type={candidates[0]} can't express {architecture}")
-    dropped = {
+    # no token pads what came without a config.json; some types' default is beyond smaller vocabularies
+    kept = {key: value for key, value in (base or {"pad_token_id": None}).items() if key not in _REPLACED}
+    return {**kept, **config, "architectures": [family_of(model_type).architecture], "torch_dtype": dtype}
+
+
+# the model types that a model without a config.json may get, the first that fits
+_CANDIDATES = ("llama", "qwen2", "mistral", "qwen3", "gemma2", "gemma3_text", "glm", "glm4", "baichuan")
+
+# keys of a base config that say in another way what `_fields` writes
+_REPLACED = frozenset(
+    {
         "rope_parameters",
         "dtype",
         "layer_types",
         "sliding_window",
+        "sliding_window_pattern",
         "use_sliding_window",
         "max_window_layers",
+        "partial_rotary_factor",
     }
-    kept = {key: value for key, value in (base or {}).items() if key not in dropped}
-    return {**kept, **config, "architectures": [_FAMILIES[model_type].architecture], "torch_dtype": dtype}
+)
+
+
+def places(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Place]:
+    """Where each parameter lies in the files beside this config.json, by our name in canonical order."""
+    return family_of(config["model_type"]).spelling.places(architecture)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -148,52 +158,27 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return value
 
 
-def parameter_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the full model in canonical order: Hugging Face name -> full shape.
-
-    Linear weights are [out, in]. The head is absent when it is tied to the embedding.
-    """
-    width, ffn = architecture.width, architecture.ffn_width
-    queries = architecture.num_heads * architecture.head_dim
-    keys = architecture.num_kv_heads * architecture.head_dim
-    linears = (
-        ("self_attn.q_proj", queries, width, architecture.qkv_bias),
-        ("self_attn.k_proj", keys, width, architecture.qkv_bias),
-        ("self_attn.v_proj", keys, width, architecture.qkv_bias),
-        ("self_attn.o_proj", width, queries, architecture.output_bias),
-        ("mlp.gate_proj", ffn, width, architecture.mlp_bias),
-        ("mlp.up_proj", ffn, width, architecture.mlp_bias),
-        ("mlp.down_proj", width, ffn, architecture.mlp_bias),
-    )
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (architecture.vocab_size, width)}
-    for layer in range(architecture.num_layers):
-        prefix = f"model.layers.{layer}."
-        shapes[f"{prefix}input_layernorm.weight"] = (width,)
-        for name, rows, columns, has_bias in linears:
-            shapes[f"{prefix}{name}.weight"] = (rows, columns)
-            if has_bias:
-                shapes[f"{prefix}{name}.bias"] = (rows,)
-        shapes[f"{prefix}post_attention_layernorm.weight"] = (width,)
-    shapes["model.norm.weight"] = (width,)
-    if not architecture.tied_embeddings:
-        shapes["lm_head.weight"] = (architecture.vocab_size, width)
-    return shapes
-
-
-def check_parameters(architecture: Architecture, found: Mapping[str, tuple[int, ...]], origin: str) -> None:
+def check_parameters(
+    architecture: Architecture,
+    found: Mapping[str, tuple[int, ...]],
+    origin: str,
+    files: Mapping[str, Place] | None = None,
+) -> None:
     """Raise ConfigError unless `found` (name -> shape) holds exactly the parameters of `architecture`.
 
     Tolerated beside them: stored rotary frequencies, and a head that is tied anyway. `origin` names the file or
-    directory in the message.
+    directory in the message. files: where the parameters should be, if not under our own names.
     """
     if architecture.num_layers > len(found):
         raise ConfigError(f"{origin}: its config says {architecture.num_layers} layers, it holds {len(found)} tensors")
     expected = parameter_shapes(architecture)
+    if files is not None:
+        expected = {place.name: place.shape for place in files.values()}
     problems = [f"{name} is missing" for name in expected if name not in found]
     for name, shape in found.items():
         if name in expected and shape != expected[name]:
             problems.append(f"{name} has shape {list(shape)}, its config says {list(expected[name])}")
-        elif name not in expected and name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
+        elif name not in expected and name != "lm_head.weight" and not name.endswith("inv_freq"):
             problems.append(f"{name} is there but its config has no such parameter")
     if problems:
         more = f"\n  ... and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -201,125 +186,93 @@ def check_parameters(architecture: Architecture, found: Mapping[str, tuple[int, 
         raise ConfigError(f"{origin} doesn't hold the weights its config describes:\n  {listed}{more}")
 
 
+def _says(config: Mapping[str, Any], architecture: Architecture) -> bool:
+    """Whether this config.json would be read as that architecture."""
+    try:
+        return read_architecture(config) == architecture
+    except ConfigError:
+        return False
+
+
 def _fields(architecture: Architecture, model_type: str) -> dict[str, Any]:
     """The keys of `architecture` as `model_type` spells them (what it can't express is lost)."""
-    if model_type not in _FAMILIES:
-        raise ConfigError(f"config.json model_type={model_type!r} is not supported; use one of {sorted(_FAMILIES)}")
+    a, family = architecture, family_of(model_type)
     config: dict[str, Any] = {
         "model_type": model_type,
-        "hidden_act": architecture.activation,
-        "hidden_size": architecture.width,
-        "intermediate_size": architecture.ffn_width,
-        "num_hidden_layers": architecture.num_layers,
-        "num_attention_heads": architecture.num_heads,
-        "num_key_value_heads": architecture.num_kv_heads,
-        "head_dim": architecture.head_dim,
-        "vocab_size": architecture.vocab_size,
-        "max_position_embeddings": architecture.max_positions,
-        "rms_norm_eps": architecture.norm_eps,
-        "tie_word_embeddings": architecture.tied_embeddings,
-        **write_rope(architecture.rope_theta, architecture.rope_scaling),
+        family.activation_key: next(name for name, ours in _ACTIVATIONS.items() if ours == a.activation),
+        "hidden_size": a.width,
+        "intermediate_size": a.ffn_width,
+        "num_hidden_layers": a.num_layers,
+        "num_attention_heads": a.num_heads,
+        "num_key_value_heads": a.num_kv_heads,
+        "head_dim": a.head_dim,
+        "vocab_size": a.vocab_size,
+        "max_position_embeddings": a.max_positions,
+        "rms_norm_eps": a.norm_eps,
+        "tie_word_embeddings": a.tied_embeddings,
+        **write_rope(a.rope_theta, a.rope_scaling),
+        **(local_rope_keys(a) if family.local_rope else {}),
+        **write_windows(a, family.windows),
     }
-    if _FAMILIES[model_type].attention_bias_key:
-        config.update(attention_bias=architecture.output_bias, mlp_bias=architecture.mlp_bias)
-    if model_type == "mistral":
-        config["sliding_window"] = architecture.sliding_window
-    if model_type == "qwen2":
-        config.update(_qwen2_windows(architecture))
-    return config
+    if family.attention_bias is not None:
+        config["attention_bias"] = a.qkv_bias
+    if family.mlp_bias_key:
+        config["mlp_bias"] = a.mlp_bias
+    if family.gemma:
+        scalar = a.attention_scalar or a.head_dim
+        config |= {
+            "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
+            "attn_logit_softcapping": a.score_cap,
+            "final_logit_softcapping": a.logit_cap,
+        }
+    if family.rotary_share != 1:
+        config["partial_rotary_factor"] = (a.rotary_dim or a.head_dim) / a.head_dim
+    return hf_published.write(config, a)
 
 
-def _qwen2_windows(architecture: Architecture) -> dict[str, Any]:
-    window = architecture.sliding_window
-    if window is None:
-        return {"use_sliding_window": False, "sliding_window": None}
-    layers = architecture.window_layers or (True,) * architecture.num_layers
-    return {
-        "use_sliding_window": True,
-        "sliding_window": window,
-        "max_window_layers": layers.index(True) if True in layers else architecture.num_layers,
-        "layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in layers],
-    }
-
-
-def _windows(config: Mapping[str, Any], model_type: str, layers: int) -> tuple[int | None, tuple[bool, ...] | None]:
-    """(window in tokens, which layers use it or None for all)."""
-    kinds = config.get("layer_types")
-    if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers):
-        raise ConfigError(f"config.json layer_types must list {layers} layers (num_hidden_layers), not {kinds!r}")
-    for kind in kinds or ():
-        if kind not in ("full_attention", "sliding_attention"):
-            raise ConfigError(
-                f"config.json layer_types has {kind!r}; supported are full_attention and sliding_attention"
-            )
-    if model_type == "mistral":
-        if len(set(kinds or ())) > 1:
-            raise ConfigError("config.json layer_types mixes kinds of attention; with model_type=mistral all are equal")
-        return _optional_window(config), None
-    if model_type != "qwen2":
-        if "sliding_attention" in (kinds or ()):
-            raise ConfigError(f"config.json layer_types has sliding_attention; model_type={model_type} has no window")
-        return None, None
-    if not _flag(config, "use_sliding_window"):
-        if "sliding_attention" in (kinds or ()):
-            raise ConfigError("config.json layer_types has sliding_attention but use_sliding_window=false; set it true")
-        return None, None
-    window = _optional_window(config)
-    first = config.get("max_window_layers", 28)
-    flags = tuple(kind == "sliding_attention" for kind in kinds) if kinds else tuple(i >= first for i in range(layers))
-    if window is None or not any(flags):
-        return None, None
-    return window, None if all(flags) else flags
-
-
-def _optional_window(config: Mapping[str, Any]) -> int | None:
-    if config.get("sliding_window", 0) is None:
+def _rotary_dim(config: Mapping[str, Any], family: Family, head_dim: int) -> int | None:
+    """None for the whole head."""
+    key = "partial_rotary_factor"
+    share = config.get(key, (config.get("rope_parameters") or {}).get(key))
+    share = family.rotary_share if share is None else positive({key: share}, key, 1.0)
+    if share == 1:
         return None
-    return _integer(config, "sliding_window", _FAMILIES["mistral"].window)
+    if family.rotary_share == 1 or share > 1:
+        raise ConfigError(f"config.json {key}={share} is not supported; supported is 1.0")
+    return int(head_dim * share)
 
 
-def _head_dim(config: Mapping[str, Any], width: int, heads: int) -> int:
-    if config.get("head_dim") is None and width % heads:
+def _gemma_fields(config: Mapping[str, Any], family: Family, width: int, head_dim: int) -> dict[str, Any]:
+    scalar = positive(config, "query_pre_attn_scalar", 256)
+    return {
+        "embedding_scale": width**0.5,
+        "attention_scalar": None if scalar == head_dim else scalar,
+        "score_cap": optional(config, "attn_logit_softcapping", family.caps[0]),
+        "logit_cap": optional(config, "final_logit_softcapping", family.caps[1]),
+    }
+
+
+def _head_dim(config: Mapping[str, Any], default: int | None, width: int, heads: int) -> int:
+    if default is None and config.get("head_dim") is None and width % heads:
         raise ConfigError(f"config.json hidden_size={width} is not a multiple of num_attention_heads={heads}")
-    head_dim = _integer(config, "head_dim", width // heads, absent_if_none=width // heads)
+    head_dim = integer(config, "head_dim", default or width // heads, absent_if_none=width // heads)
     if head_dim % 2:
         raise ConfigError(f"config.json head_dim={head_dim} must be even for rotary embeddings")
     return head_dim
 
 
+def _activation(config: Mapping[str, Any], family: Family) -> str:
+    key, usual = family.activation_key, "gelu_pytorch_tanh" if family.gemma else "silu"
+    name = config.get(key, usual)
+    if name not in _ACTIVATIONS or (family.gemma and _ACTIVATIONS[name] != "gelu_tanh"):
+        raise ConfigError(f"config.json {key}={name!r} is not supported; supported is {usual}")
+    return _ACTIVATIONS[name]
+
+
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    activation = config.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise ConfigError(f"config.json hidden_act={activation!r} is not supported; supported is silu")
     for key, allowed in _NEUTRAL.items():
         if config.get(key) not in allowed:
             raise ConfigError(
                 f"config.json {key}={json.dumps(config[key])[:80]} is not supported; supported is "
                 f"{'no such key' if allowed == (None,) else json.dumps(allowed[-1])}"
             )
-
-
-def _integer(config: Mapping[str, Any], key: str, default: int | None = None, absent_if_none: int | None = None) -> int:
-    """A positive integer; `default` if the key is absent, `absent_if_none` if it is there but null."""
-    value = config.get(key, default)
-    if value is None and key in config and absent_if_none is not None:
-        value = absent_if_none
-    if value is None:
-        raise ConfigError(f"config.json has no {key}; add it")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"config.json {key}={value!r} must be a positive integer")
-    return value
-
-
-def _positive(config: Mapping[str, Any], key: str, default: float) -> float:
-    value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ConfigError(f"config.json {key}={value!r} must be a positive number")
-    return float(value)
-
-
-def _flag(config: Mapping[str, Any], key: str) -> bool:
-    value = config.get(key, False)
-    if value is not None and not isinstance(value, bool):
-        raise ConfigError(f"config.json {key}={value!r} must be true or false")
-    return bool(value)

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from conf.schema import ConfigError, RopeScaling
+from conf.schema import Architecture, ConfigError, RopeScaling
+from parallel.model.hf_values import positive
 
 # Hugging Face key -> our field
 _KEYS: Mapping[str, str] = MappingProxyType(
@@ -47,6 +48,10 @@ _OPTIONAL: Mapping[str, tuple[str, ...]] = MappingProxyType(
 _SILENT = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"})
 
 
+GLOBAL_THETA, LOCAL_THETA = 1e6, 1e4
+"""Gemma 3's bases when the keys are absent."""
+
+
 def read_rope(config: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
     """(theta, scaling or None) of a config.json.
 
@@ -62,8 +67,6 @@ def read_rope(config: Mapping[str, Any], max_positions: int) -> tuple[float, Rop
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     theta = 10000.0 if theta is None else _number(where, "rope_theta", theta)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"config.json {where}.partial_rotary_factor={rope['partial_rotary_factor']} must be 1")
     if kind in ("default", None):
         _refuse_unknown(where, "default", rope, ())
         return theta, None
@@ -87,6 +90,33 @@ def read_rope(config: Mapping[str, Any], max_positions: int) -> tuple[float, Rop
         if value is not None:
             values[_KEYS[key]] = _value(where, key, value)
     return theta, RopeScaling(kind=kind, **values)
+
+
+def split_local_rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
+    """Gemma 3's config for `read_rope`, and the base in layers with the window: both spellings, flat and nested.
+
+    Raises:
+        ConfigError: the windowed layers' frequencies are scaled.
+    """
+    flat = {key: value for key, value in config.items() if key != "rope_parameters"}
+    nested = config.get("rope_parameters")
+    if not isinstance(nested, Mapping):
+        flat["rope_theta"] = config.get("rope_theta") or GLOBAL_THETA
+        return flat, positive(config, "rope_local_base_freq", LOCAL_THETA)
+    local = nested.get("sliding_attention") or {}
+    if local.get("rope_type", "default") != "default":
+        raise ConfigError(
+            f"config.json rope_parameters.sliding_attention.rope_type={local['rope_type']!r} is not supported; "
+            "supported is default"
+        )
+    flat["rope_parameters"] = {"rope_theta": GLOBAL_THETA, **(nested.get("full_attention") or {})}
+    return flat, _number("rope_parameters", "sliding_attention.rope_theta", local.get("rope_theta", LOCAL_THETA))
+
+
+def local_rope_keys(architecture: Architecture) -> dict[str, Any]:
+    """The base in layers with the window, in the flat spelling."""
+    theta = architecture.rope_theta if architecture.sliding_window is not None else LOCAL_THETA
+    return {"rope_local_base_freq": architecture.window_rope_theta or theta}
 
 
 def write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:

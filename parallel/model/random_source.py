@@ -67,7 +67,8 @@ class RandomSource:
         shape = self._shapes[name]
         ranges = block_ranges(shape, index)
         if name.endswith("norm.weight"):
-            return torch.ones([stop - start for start, stop in ranges], dtype=dtype)
+            one = 0.0 if self.architecture.norm_offset else 1.0
+            return torch.full([stop - start for start, stop in ranges], one, dtype=dtype)
         inputs = self.architecture.width if name.endswith(".bias") else shape[1]
         gain = 2.0 if ".q_proj." in name or ".k_proj." in name else 1.0
         return keyed_normal(seed_of(self._seed, name), shape, index, gain * inputs**-0.5, dtype)

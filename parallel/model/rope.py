@@ -1,4 +1,4 @@
-"""Rotary position embedding: the frequencies, with the scalings of the Llama family.
+"""Rotary position embedding: the frequencies with their scalings, and which dimensions turn together.
 
 Plain RoPE is arXiv:2104.09864; `linear` is position interpolation (arXiv:2306.15595); `llama3` is Meta's
 piecewise scaling of Llama 3.1; `yarn` is arXiv:2309.00071 (NTK-by-parts, sec. 3.2, and the attention factor,
@@ -15,10 +15,42 @@ from torch import Tensor
 from conf.schema import Architecture, RopeScaling
 
 
-def frequencies(architecture: Architecture) -> tuple[Tensor, float]:
-    """(float64 [H/2] angle per position, factor on cos and sin) of the architecture."""
-    half = torch.arange(0, architecture.head_dim, 2, dtype=torch.float64)
-    plain = architecture.rope_theta ** (-half / architecture.head_dim)
+def frequencies(architecture: Architecture, *, local: bool = False) -> tuple[Tensor, float]:
+    """(float64 [H/2] angle per position, factor on cos and sin); local: with the base that windowed layers have.
+
+    The angle of a pair of dimensions that isn't turned is 0, which leaves it as it is, to the bit.
+    """
+    half = torch.zeros(architecture.head_dim // 2, dtype=torch.float64)
+    if architecture.alibi:
+        return half, 1.0
+    turned, factor = _turned(architecture, local)
+    half[: len(turned)] = turned
+    return half, factor
+
+
+def paired(x_TNH: Tensor, architecture: Architecture) -> Tensor:
+    """Queries or keys [T, N, H] with the dimensions that rotary turns together half a head apart, as `ops.rotary` has
+    them; scores don't feel an order that both share. Of a head of width 8, of which 4 are turned as neighbours:
+
+        given    0 1 2 3 4 5 6 7
+        paired   0 2 4 5 1 3 6 7
+    """
+    width, head = architecture.rotary_dim or architecture.head_dim, architecture.head_dim
+    if width == head and not architecture.rotary_interleaved:
+        return x_TNH
+    turned, rest = x_TNH.split((width, head - width), dim=-1)
+    first, second = (turned[..., 0::2], turned[..., 1::2]) if architecture.rotary_interleaved else turned.chunk(2, -1)
+    middle = (head - width) // 2
+    return torch.cat((first, rest[..., :middle], second, rest[..., middle:]), dim=-1)
+
+
+def _turned(architecture: Architecture, local: bool) -> tuple[Tensor, float]:
+    width = architecture.rotary_dim or architecture.head_dim
+    half = torch.arange(0, width, 2, dtype=torch.float64)
+    if local:
+        assert architecture.window_rope_theta is not None
+        return architecture.window_rope_theta ** (-half / width), 1.0
+    plain = architecture.rope_theta ** (-half / width)
     scaling = architecture.rope_scaling
     if scaling is None:
         return plain, 1.0

@@ -366,6 +366,14 @@ class TestModel:
             "the model's head_dim=3 is odd; rotary embeddings turn pairs",
             "the model's window_layers has 1 entries but num_layers=30",
         ]
+        bad = replace(SMOLLM2, rotary_dim=66, alibi=True, normalised_head=True, tied_embeddings=True)
+        assert refused(architecture=bad).split("\n") == [
+            "the model's rotary_dim=66 must be even and at most head_dim=64",
+            "the model's alibi=true leaves rotary_* and rope_* without effect; remove them",
+            "the model's normalised_head=true needs a head of its own; set tied_embeddings=false",
+        ]
+        partial = replace(SMOLLM2, rotary_dim=32, rope_scaling=RopeScaling(kind="yarn", factor=2.0))
+        assert refused(architecture=partial) == "the model's rotary_dim=32 excludes yarn, which would scale whole heads"
         scaled = replace(SMOLLM2, rope_scaling=RopeScaling(kind="linear", factor=0.5))
         assert refused(architecture=scaled) == (
             "the model's rope_scaling.factor=0.5 is out of range; use rope_scaling.factor>=1"

@@ -117,6 +117,54 @@ def test_qwen2_rows_stay(tmp_path: Path) -> None:
         assert torch.equal(source.read(name, tuple(slice(0, s) for s in weight.shape), torch.float32), weight)
 
 
+GEMMA = replace(
+    SMALL,
+    num_layers=7,
+    head_dim=32,
+    tied_embeddings=True,
+    norm_offset=True,
+    post_norms=True,
+    activation="gelu_tanh",
+    embedding_scale=8.0,
+    sliding_window=16,
+)
+GLM = replace(SMALL, qkv_bias=True, rotary_dim=8, rotary_interleaved=True)
+OTHERS = {
+    "qwen3": replace(SMALL, qk_norm=True, head_dim=32),
+    "gemma2": replace(GEMMA, score_cap=50.0, logit_cap=30.0, window_layers=(True, False) * 3 + (True,)),
+    "glm4": replace(GLM, post_norms=True),
+    "chatglm": GLM,
+    "baichuan": replace(SMALL, num_kv_heads=4, num_layers=40, alibi=True),
+    "gemma3": replace(GEMMA, qk_norm=True, window_rope_theta=1e4, window_layers=(True,) * 5 + (False, True)),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_architectures(tmp_path: Path, kind: str) -> None:
+    architecture = OTHERS[kind]
+    weights = write_model(tmp_path / "m.gguf", architecture, kind=kind)
+    source = GgufSource(tmp_path / "m.gguf")
+    assert source.architecture == architecture
+    assert source.names() == tuple(parameter_shapes(architecture))
+    for name, weight in weights.items():
+        part = (slice(1, len(weight) - 2), *(slice(0, size) for size in weight.shape[1:]))
+        read = source.read(name, part, torch.float32)
+        expected = weight[part]
+        if architecture.norm_offset and name.endswith("norm.weight"):
+            expected = ((expected + 1).double() - 1).float()  # files hold 1 + weight, rounded
+        assert torch.equal(read, expected), name
+    assert read_architecture(source.hf_config) == architecture
+
+
+def test_the_largest_gemma_scales_scores_by_its_share_of_the_width(tmp_path: Path) -> None:
+    layers = {"gemma2": 46, "gemma3": 62}
+    for kind, count in layers.items():
+        flags = tuple((i + 1) % (2 if kind == "gemma2" else 6) > 0 for i in range(count))
+        architecture = replace(OTHERS[kind], num_layers=count, window_layers=flags, attention_scalar=64 / 4)
+        write_model(tmp_path / "m.gguf", architecture, kind=kind)
+        assert GgufSource(tmp_path / "m.gguf").architecture == architecture
+
+
 def test_smollm2_is_what_the_gguf_package_reads() -> None:
     source = open_source(ModelConf(path=SMOLLM2))
     assert (source.architecture.num_layers, source.architecture.rope_theta) == (30, 100000.0)

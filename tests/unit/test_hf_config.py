@@ -9,10 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from conf.schema import Architecture, ConfigError, RopeScaling
-from parallel.model.hf import check_parameters, parameter_shapes, read_architecture, write_config
+from parallel.model.hf import check_parameters, parameter_shapes, places, read_architecture, write_config
 
 SMALL = Architecture(
     num_layers=3,
@@ -45,6 +54,21 @@ FULL_YARN = RopeScaling(
     mscale_all_dim=0.9,
     truncate=False,
 )
+GEMMA2 = replace(
+    SMALL,
+    norm_offset=True,
+    post_norms=True,
+    activation="gelu_tanh",
+    embedding_scale=24**0.5,
+    attention_scalar=6.0,
+    score_cap=50.0,
+    logit_cap=30.0,
+    tied_embeddings=True,
+    sliding_window=16,
+    window_layers=(True, False, True),
+)
+GEMMA3 = replace(GEMMA2, qk_norm=True, score_cap=None, logit_cap=None, rope_theta=1e6, window_rope_theta=1e4)
+GLM = replace(SMALL, norm_eps=1e-5, qkv_bias=True, rotary_dim=2, rotary_interleaved=True)
 ARCHITECTURES = {
     "llama": SMALL,
     "tied": replace(SMALL, tied_embeddings=True),
@@ -58,6 +82,17 @@ ARCHITECTURES = {
     "qwen2 window": replace(SMALL, qkv_bias=True, sliding_window=16, window_layers=(False, True, True)),
     "qwen2 window everywhere": replace(SMALL, qkv_bias=True, sliding_window=16),
     "mistral window": replace(SMALL, sliding_window=16),
+    "qwen3": replace(SMALL, qk_norm=True, head_dim=8),
+    "qwen3 window": replace(
+        SMALL, qk_norm=True, qkv_bias=True, output_bias=True, sliding_window=16, window_layers=(False, True, True)
+    ),
+    "gemma2": GEMMA2,
+    "gemma2 plain": replace(GEMMA2, score_cap=None, logit_cap=None, attention_scalar=None, sliding_window=16),
+    "gemma3": GEMMA3,
+    "gemma3 scaled": replace(GEMMA3, rope_scaling=RopeScaling(kind="linear", factor=8.0), rope_theta=1e4),
+    "glm": GLM,
+    "glm4": replace(GLM, post_norms=True, head_dim=8, rotary_dim=4),
+    "gemma3 global": replace(GEMMA3, sliding_window=None, window_layers=None, window_rope_theta=None),
 }
 
 
@@ -91,7 +126,7 @@ def test_parameters_are_those_of_transformers(name: str) -> None:
     model_type = written.pop("model_type")
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **written))
     theirs = {key: tuple(value.shape) for key, value in model.named_parameters()}
-    assert parameter_shapes(architecture) == theirs
+    assert {place.name: place.shape for place in places(architecture, {"model_type": model_type}).values()} == theirs
 
 
 def test_model_type_fits_the_features() -> None:
@@ -105,7 +140,7 @@ def test_model_type_fits_the_features() -> None:
 
 @pytest.mark.parametrize(
     ("model_type", "theirs"),
-    [("llama", LlamaConfig), ("mistral", MistralConfig), ("qwen2", Qwen2Config)],
+    [("llama", LlamaConfig), ("mistral", MistralConfig), ("qwen2", Qwen2Config), ("qwen3", Qwen3Config)],
 )
 def test_absent_keys_mean_what_transformers_means(model_type: str, theirs: Any) -> None:
     sizes = {**SIZES, "num_attention_heads": 8 if model_type == "mistral" else 32, "hidden_size": 128}
@@ -117,6 +152,22 @@ def test_absent_keys_mean_what_transformers_means(model_type: str, theirs: Any) 
     assert ours.rope_theta == config.rope_parameters["rope_theta"]
     assert ours.tied_embeddings == config.tie_word_embeddings
     assert ours.sliding_window == getattr(config, "sliding_window", None)
+
+
+@pytest.mark.parametrize(("model_type", "theirs"), [("gemma2", Gemma2Config), ("gemma3_text", Gemma3TextConfig)])
+def test_absent_keys_of_gemma_mean_what_transformers_means(model_type: str, theirs: Any) -> None:
+    sizes = {**SIZES, "num_hidden_layers": 7}
+    sizes["num_attention_heads"] = 8
+    ours, config = read_architecture({"model_type": model_type, **sizes}), theirs(**sizes)
+    assert (ours.num_kv_heads, ours.head_dim) == (config.num_key_value_heads, config.head_dim)
+    assert (ours.max_positions, ours.norm_eps) == (config.max_position_embeddings, config.rms_norm_eps)
+    assert (ours.score_cap, ours.logit_cap) == (config.attn_logit_softcapping, config.final_logit_softcapping)
+    assert ours.score_scale == config.query_pre_attn_scalar**-0.5
+    assert (ours.tied_embeddings, ours.sliding_window) == (config.tie_word_embeddings, config.sliding_window)
+    assert ours.window_layers == tuple(kind == "sliding_attention" for kind in config.layer_types)
+    rope = config.rope_parameters
+    bases = (rope.get("full_attention", rope)["rope_theta"], rope.get("sliding_attention", {}).get("rope_theta"))
+    assert (ours.rope_theta, ours.window_rope_theta) == bases
 
 
 def test_nulls_are_defaults() -> None:
@@ -166,7 +217,7 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gemma"}, "model_type='gemma' is not supported; use one of ['llama', 'mistral', 'qwen2', 'xv"),
+        ({"model_type": "gptj"}, "model_type='gptj' is not supported; use one of ['baichuan', 'chatglm', 'gemma2', 'ge"),
         ({"model_type": None}, "model_type=None is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; supported is silu"),
         ({"hidden_size": None}, "has no hidden_size"),
@@ -187,7 +238,8 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": 1}}, "truncate=1 must be true or false"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "rope_parameters.full_attention is not supp"),
         ({"rope_scaling": [1]}, "rope_scaling must be an object"),
-        ({"rope_scaling": {**LINEAR, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 must be 1"),
+        ({"rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported; supported is 1.0"),
         ({"layer_types": ["full_attention"]}, "layer_types must list 3 layers"),
         ({"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "layer_types has 'chunked_att"),
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types has sliding_attention; model_type=llama has no win"),

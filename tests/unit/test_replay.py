@@ -18,7 +18,7 @@ from kernels.ops import LowRank, Part
 from kernels.replay import Direct, Recording, outside
 from serve.batch import LoadedAdapter
 from tests.backends import backend, packed
-from tests.models import BIASED, TINY
+from tests.models import BAICHUAN_13B, BIASED, GEMMA2, GEMMA3, GLM4, QWEN3, TINY
 from tests.replays import DTYPES, decoding, draw, num_calls, runner_of
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -280,6 +280,15 @@ def test_decoding_has_the_bits_of_the_plain_decoder(architecture: Architecture) 
         assert num_calls(step.recording) == layers + around
     replaying.replays.forget()
     assert not replaying.replays._steps
+
+
+@pytest.mark.parametrize("architecture", [QWEN3, GEMMA2, GEMMA3, GLM4, BAICHUAN_13B])
+def test_decoding_of_other_architectures_has_the_bits_of_the_plain_decoder(architecture: Architecture) -> None:
+    ops = backend("compiled", torch.bfloat16)
+    plain, replaying = runner_of(architecture, replace(ops, record=None)), runner_of(architecture, ops)
+    for got, expected in zip(decoding(replaying, 12, [None] * 3), decoding(plain, 12, [None] * 3), strict=True):
+        assert torch.equal(got, expected)
+    assert len(replaying.replays.steps) == 3 and not plain.replays.steps
 
 
 def test_numbers_of_kernel_calls_do_not_grow_with_what_was_recorded_before() -> None:
