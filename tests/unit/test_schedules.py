@@ -89,7 +89,7 @@ def refusal(plan: Plan) -> str:
     return ""
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(made_plans(), st.randoms(use_true_random=False))
 def test_every_schedule_verifies_runs_and_adds_gradients_in_one_order(made: tuple[str, Plan], random: Random) -> None:
     _, plan = made
@@ -178,7 +178,7 @@ def test_bubble_of_zbv(p: int, more: int) -> None:
     assert bubble(zbv(p, m)) == pytest.approx((p - 1) / (6 * m + p - 1), abs=1e-12)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(made_plans(5, 6), st.data(), st.randoms(use_true_random=False))
 def test_mutated_plans_are_refused_or_run(made: tuple[str, Plan], data: st.DataObject, random: Random) -> None:
     """Two actions swapped anywhere, one dropped, one moved, doubled, or of another kind, microbatch or chunk."""
