@@ -33,21 +33,23 @@ def made_plans(draw: st.DrawFn, most_stages: int = 8, most_microbatches: int = 2
 
 
 def runs(plan: Plan, random: Random) -> bool:
-    """Whether every rank gets to its end: ranks take turns at random, receive in order, and never wait to send.
+    """Whether every rank gets to its end.
 
-    Nothing here comes from `timeline` or `verify`: messages are numbers in queues, taken as `Plan.arrivals` says.
+    Ranks take turns in a random order, each until it has to wait for a message; they take them as `Plan.arrivals`
+    says and never wait to send. Nothing here comes from `timeline` or `verify`.
     """
     channels: dict[tuple[int, int], deque[Action]] = {}
     expected = [{sender: deque(row) for sender, row in plan.arrivals(r).items()} for r in range(plan.stages)]
     held: list[set[Action]] = [set() for _ in range(plan.stages)]
-    done: list[list[Action]] = [[] for _ in range(plan.stages)]
+    done = [0] * plan.stages
+    finished: list[set[Action]] = [set() for _ in range(plan.stages)]
 
     def step(rank: int) -> bool:
-        if len(done[rank]) == len(plan.actions[rank]):
+        if done[rank] == len(plan.actions[rank]):
             return False
-        action = plan.actions[rank][len(done[rank])]
+        action = plan.actions[rank][done[rank]]
         needs, gives = plan.source(rank, action), plan.target(rank, action)
-        if needs is not None and needs[0] == rank and needs[1] not in done[rank]:
+        if needs is not None and needs[0] == rank and needs[1] not in finished[rank]:
             return False
         if needs is not None and needs[0] != rank:
             channel = channels.setdefault((needs[0], rank), deque())
@@ -58,14 +60,18 @@ def runs(plan: Plan, random: Random) -> bool:
                 assert message == expected[rank][needs[0]].popleft()
                 held[rank].add(message)
             held[rank].remove(action)
-        done[rank].append(action)
+        done[rank] += 1
+        finished[rank].add(action)
         if gives is not None and gives[0] != rank:
             channels.setdefault((rank, gives[0]), deque()).append(gives[1])
         return True
 
     ranks = list(range(plan.stages))
-    while True:
+    moved = True
+    while moved:
+        moved = False
         random.shuffle(ranks)
-        if not any(step(rank) for rank in ranks):
-            break
-    return [len(row) for row in done] == [len(row) for row in plan.actions]
+        for rank in ranks:
+            while step(rank):
+                moved = True
+    return done == [len(row) for row in plan.actions]

@@ -1,7 +1,7 @@
 """Pipeline plans: who holds what, what waits for what, when it runs, and what `verify` refuses."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel.pipeline.plan import Action, Placement, Plan, PlanError
@@ -35,6 +35,7 @@ def test_a_vee_turns_on_the_last_rank_and_split_backwards_pass_gradients_on() ->
     assert bubble(vee) == pytest.approx(1 - 12 / 22)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 8), st.integers(1, 4), st.sampled_from(["loop", "vee"]))
 def test_place_is_the_inverse_of_virtual_stage(p: int, chunks: int, placement: Placement) -> None:
     chunks = 2 if placement == "vee" else chunks
