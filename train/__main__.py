@@ -17,6 +17,7 @@ from conf import load
 from conf.check import check
 from conf.schema import Config, ConfigError
 from kernels import dispatch
+from kernels.memory import keep_freed_memory
 from parallel import backend, comm
 from parallel.comm import Launch
 from parallel.mesh import Mesh
@@ -146,6 +147,8 @@ def run(inputs: Inputs, launch: Launch) -> int:
     trainer = Trainer(config, model)
     if inputs.resume is not None:
         saving.restore(trainer, inputs.resume)
+    if pipeline > 1:  # activations of several microbatches come and go together
+        keep_freed_memory()
     return train(config, trainer, inputs.source, inputs.data, inputs.resume)
 
 

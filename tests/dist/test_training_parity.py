@@ -109,10 +109,15 @@ def _three_steps(run: Run, tune: str, tied: bool, microbatches: int) -> Run:
 
 
 @pytest.mark.parametrize(
-    ("tune", "tied", "microbatches"),
-    [("full", True, 3), ("full", False, 4), ("full", True, 1), ("lora", True, 3), ("prefix", True, 3)],
+    ("name", "tune", "tied", "microbatches"),
+    [
+        *((name, "full", True, 3) for name in SCHEDULES),
+        *((name, "full", False, 4) for name in ("interleaved", "zbv")),
+        *((name, "full", True, 1) for name in ("zero_bubble", "zbv")),
+        *((name, "lora", True, 3) for name in ("zero_bubble", "zbv")),
+        *((name, "prefix", True, 3) for name in ("1f1b", "interleaved", "zbv")),
+    ],
 )
-@pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_agree_bitwise(name: str, tune: str, tied: bool, microbatches: int) -> None:
     run = train(_three_steps(SCHEDULES[name], tune, tied, microbatches))
     assert_equal(run, gpipe(tune, tied, microbatches))
@@ -195,7 +200,7 @@ def _evaluate(launch: Launch, run: Run) -> float:
 
 def test_validation_loss_is_the_same_under_every_layout() -> None:
     expected = _evaluate(Launch(), Run(tune=PREFIX))
-    for name in ("data2", "pipeline3_gpipe", "tensor2_pipeline2"):
+    for name in ("data2", "pipeline3_gpipe", "tensor2_pipeline2", "interleaved2", "zbv2_data2"):
         run = replace(LAYOUTS[name], tune=PREFIX)
         assert on_ranks(run.ranks, _evaluate, run) == [pytest.approx(expected, rel=1e-10)] * run.ranks
 
