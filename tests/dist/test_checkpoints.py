@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from parallel import checkpoint
+from parallel.checkpoint import blocks, contents, directory
+from parallel.checkpoint.__main__ import main
 from tests.commands import losses, metrics, train, write_chats
 from tests.ranks import on_ranks
 
@@ -112,8 +114,8 @@ def _read_and_write(launch, source: Path, target: Path, sizes: tuple[int, int, i
     stages = [weights.architecture.num_layers] if pipeline == 1 else [1, weights.architecture.num_layers - 1]
     ops = dispatch.select(torch.device("cpu"), torch.float32)
     decoder = build_decoder(weights, mesh, stages, dtype=torch.float32, ops=ops, trainable=True)
-    blocks = [checkpoint.Block(spec, p) for spec, p in decoder.placed()]
-    checkpoint.save(target, [checkpoint.TensorFile("model.safetensors", blocks, {"format": "pt"})], {}, mesh)
+    mine = [checkpoint.Block(spec, p) for spec, p in decoder.placed()]
+    checkpoint.save(target, [checkpoint.TensorFile("model.safetensors", mine, {"format": "pt"})], {}, mesh)
 
 
 def test_a_full_checkpoint_opens_in_transformers_with_our_logits(tmp_path: Path) -> None:
@@ -124,12 +126,12 @@ def test_a_full_checkpoint_opens_in_transformers_with_our_logits(tmp_path: Path)
     from tests.unit.test_decoder import our_model, packed_step
 
     run(tmp_path, "tensor3", "full", 3)
-    directory = tmp_path / "run" / "checkpoints" / "latest"
-    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    source = open_source(ModelConf(path=str(directory), dtype="float32"))
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    theirs = AutoModelForCausalLM.from_pretrained(latest, dtype=torch.float32)
+    source = open_source(ModelConf(path=str(latest), dtype="float32"))
     text = "What is a mesh?"
     ids = source.tokenizer().encode(text)
-    assert AutoTokenizer.from_pretrained(directory)(text)["input_ids"] == ids
+    assert AutoTokenizer.from_pretrained(latest)(text)["input_ids"] == ids
     decoder = our_model(source, torch.float32)  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
         ours = decoder.logits(decoder(torch.tensor(ids), packed_step(decoder, (len(ids),))))
@@ -160,8 +162,12 @@ def _crash_amid_save(launch, folder: Path, point: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if launch.rank == 0:
-        target = {"before_files": "_write_file", "amid_files": "_write_block", "before_rename": "publish"}[point]
-        setattr(checkpoint, target, die)
+        module, target = {
+            "before_files": (directory, "_write_file"),
+            "amid_files": (blocks, "write_block"),
+            "before_rename": (directory, "publish"),
+        }[point]
+        setattr(module, target, die)
     _, keys = LAYOUTS["data2"]
     train_rank(
         launch,
@@ -171,6 +177,23 @@ def _crash_amid_save(launch, folder: Path, point: str) -> None:
             *TUNES["lora"], *keys,
         ],
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("tune", ["full", "lora", "prefix"])
+def test_what_inspect_says(tmp_path: Path, tune: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, "alone", tune, 2)
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    assert main(["verify", str(latest)]) == 0
+    assert main(["inspect", str(latest)]) == 0
+    text = capsys.readouterr().out
+    assert {"full": "model, llama", "lora": "adapter, LORA", "prefix": "adapter, PREFIX_TUNING"}[tune] in text
+    assert "step       2 of 2" in text
+    assert "12 rows done, 6 a step" in text
+    assert "adamw, 2 updates, lr 0.003" in text
+    trained = {name: tensor for name, tensor in tensors(tmp_path).items() if not name.startswith("optimizer")}
+    elements = sum(tensor.numel() for tensor in trained.values())
+    row = next(line.split() for line in text.splitlines() if line.split()[:2] == ["1", "1"])
+    assert row[-2:] == contents._size(8 * elements).split()
 
 
 def test_a_fresh_start_in_an_old_run_dir_never_goes_on_from_the_old_run(tmp_path: Path) -> None:
