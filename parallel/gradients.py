@@ -13,14 +13,19 @@ whole have buckets of their own, laid out alike on all of them: their gradients 
 
 What rarely occurs is added afterwards, in canonical order: KV heads that live on several tensor ranks (overlap),
 tied embeddings (first and last stage), parameters replicated over pipeline stages.
+
+With the optimizer's state shared out (`parallel.zero`) a rank needs the sums of its share alone: buckets over
+data + context are reduce-scattered, and what is added over stages afterwards is added for the share. The others are
+all-reduced as ever: replicated factors are small, overlapping KV heads lie differently on each tensor rank.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -30,52 +35,83 @@ from parallel import comm
 from parallel.comm import Group, Pending
 from parallel.mesh import Mesh
 from parallel.sharding import Spec, whole
+from parallel.zero import CHUNK, Strip, cut_shares, gather, stretches
 
 BUCKET_BYTES = 16 << 20
-_SQUARED = 1 << 19
-"""Elements whose squares are summed at a time: their float64 copies stay in the cache."""
 
 Placed = tuple[Spec, nn.Parameter]
 
 
+@dataclass(frozen=True)
+class Kind:
+    """Which parameters have buckets of their own, and over whom their gradients are summed."""
+
+    name: str
+    group: Group
+    afterwards: Group | None = None
+    """Who then adds up the sums."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What this rank updates of a parameter; `tensor.grad` is final after `Gradients.finish`."""
+
+    spec: Spec
+    tensor: Tensor
+    """The parameter itself, or a stretch of it as a view with one dimension."""
+    stretch: tuple[int, int] | None = None
+    """[start, stop) in the elements of this rank's block; None for all of them."""
+
+
 @dataclass
 class _Bucket:
+    kind: Kind
+    members: Sequence[Placed]
     flat: Tensor
-    group: Group
-    size: int
-    """Number of parameters."""
+    shares: tuple[int, ...]
+    """Offsets of what each replica updates."""
+    mine: tuple[int, int]
+    """[start, stop) of this rank's share."""
+    scattered: bool
+    """Whether gradients are summed for the share alone."""
     ready: int = 0
     pending: Pending | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Elements of each parameter."""
+        return [parameter.numel() for _, parameter in self.members]
+
+    @property
+    def summed(self) -> Tensor:
+        """The part of `flat` that holds sums in the end."""
+        return self.flat[slice(*self.mine)] if self.scattered else self.flat
 
 
 @dataclass
 class Gradients:
-    """The buckets of one model's trainable parameters. Build it once; per step: zero, backward, finish."""
+    """The buckets of one model's trainable parameters. Build it once; per step: zero, backward, finish.
+
+    Then `pieces()` are to be updated, and `gather` makes the parameters whole again where pieces are shares.
+    """
 
     mesh: Mesh
     placed: Sequence[Placed]
     """Trainable parameters with their placements."""
     overlapped: bool = True
     """False where gradients arrive after the backward pass (reparameterised prefixes)."""
+    sharded: bool = False
+    """Whether each replica updates a share of the parameters only (ZeRO stage 1)."""
     _buckets: list[_Bucket] = field(default_factory=list)
     _last: bool = False
     _started: int = 0
 
     def __post_init__(self) -> None:
         # the backward pass finishes the last layers first, so buckets go from last to first
-        for group, members in self._by_group():
-            for run in _runs(list(reversed(members))):
-                self._add_bucket(group, run)
+        for kind, run in buckets(self.placed, self.mesh):
+            self._add_bucket(kind, run)
 
-    def _by_group(self) -> Iterable[tuple[Group, list[Placed]]]:
-        partial = [(s, p) for s, p in self.placed if s.reduce == "tensor"]
-        uncut = [(s, p) for s, p in self.placed if s.reduce == "none" and s.index == whole(s.shape)]
-        cut = [(s, p) for s, p in self.placed if s.reduce != "tensor" and s.index != whole(s.shape)]
-        replicas = self.mesh.replicas
-        groups = ((replicas, cut), (replicas, uncut), (self.mesh.replicas_tensor, partial))
-        return [(group, members) for group, members in groups if members]
-
-    def _add_bucket(self, group: Group, members: list[Placed]) -> None:
+    def _add_bucket(self, kind: Kind, members: list[Placed]) -> None:
         flat = torch.zeros(sum(p.numel() for _, p in members), dtype=members[0][1].dtype, device=members[0][1].device)
         arrived = _hook(weakref.ref(self), len(self._buckets))
         at = 0
@@ -88,7 +124,11 @@ class Gradients:
             at += parameter.numel()
             if self.overlapped:
                 parameter.register_post_accumulate_grad_hook(arrived)
-        self._buckets.append(_Bucket(flat, group, len(members)))
+        replicas = self.mesh.replicas
+        shares = cut_shares([p.numel() for _, p in members], replicas.size) if self.sharded else (0, flat.numel())
+        rank = replicas.rank if self.sharded else 0
+        scattered = self.sharded and kind.group is replicas and kind.name != "overlap"
+        self._buckets.append(_Bucket(kind, members, flat, shares, (shares[rank], shares[rank + 1]), scattered))
 
     def zero(self) -> None:
         """Clears all gradients and readiness; call before a step's first backward."""
@@ -108,29 +148,30 @@ class Gradients:
         self._buckets[index].ready += 1
         while self._started < len(self._buckets):
             first = self._buckets[self._started]
-            if first.ready < first.size:
+            if first.ready < len(first.members):
                 break
             self._start_next()
 
     def _start_next(self) -> None:
         bucket = self._buckets[self._started]
-        bucket.pending = comm.all_reduce_start(bucket.flat, bucket.group)
+        if bucket.scattered:
+            sizes = [stop - start for start, stop in pairwise(bucket.shares)]
+            bucket.pending = comm.reduce_scatter_start(bucket.flat, bucket.kind.group, sizes)
+        else:
+            bucket.pending = comm.all_reduce_start(bucket.flat, bucket.kind.group)
         self._started += 1
 
     def finish(self) -> None:
-        """Completes every gradient: the sum over all tokens of the step, whole on every rank that holds it."""
+        """Completes the gradients of all pieces: sums over all tokens of the step, the same on every rank with them."""
         while self._started < len(self._buckets):
             self._start_next()
         for bucket in self._buckets:
             assert bucket.pending is not None
             bucket.pending.wait()
         self._sum_overlaps()
-        for spec, parameter in self.placed:
-            assert parameter.grad is not None
-            if spec.tied:
-                comm.all_reduce(parameter.grad, self.mesh.ends)
-            if spec.pipeline_sum:
-                comm.all_reduce(parameter.grad, self.mesh.pipeline)
+        for bucket in self._buckets:
+            if bucket.kind.afterwards is not None:
+                comm.all_reduce(bucket.summed, bucket.kind.afterwards)
 
     def _sum_overlaps(self) -> None:
         """One all-reduce of the full tensors of every KV parameter whose heads live on several ranks."""
@@ -155,31 +196,114 @@ class Gradients:
         """Euclidean norm of the full gradient, in float64.
 
         names: the full names of all trainable parameters of the whole model in canonical order, the same on every
-        rank. Each full parameter's sum of squares is gathered over the model's ranks, then added in that order.
+        rank. Each full parameter's sum of squares is gathered over the model's ranks, then added in that order. Of what
+        is reduce-scattered the chunks' sums are told to the other replicas before (8 bytes for each `CHUNK`).
         """
         position = {name: i for i, name in enumerate(names)}
         squares = torch.zeros(len(names), dtype=torch.float64)
-        for spec, parameter in self.placed:
-            if spec.owned is None:
-                continue
-            assert parameter.grad is not None
-            offset = [slice(o.start - i.start, o.stop - i.start) for o, i in zip(spec.owned, spec.index, strict=True)]
-            squares[position[spec.name]] += _sum_of_squares(parameter.grad[tuple(offset)])
+        for bucket, sums in zip(self._buckets, self._sums_of_squares(), strict=True):
+            lengths = [len(_counted(spec, parameter)) for spec, parameter in bucket.members]
+            for (spec, _), of_chunks in zip(bucket.members, sums.split(lengths), strict=True):
+                if spec.owned is not None:
+                    squares[position[spec.name]] += math.fsum(of_chunks.tolist())
         comm.all_reduce(squares, self.mesh.model)
         return math.sqrt(math.fsum(squares.tolist()))
+
+    def _sums_of_squares(self) -> list[Tensor]:
+        """Of each bucket the sums of squares of its parameters' chunks, one parameter after another."""
+        sums = [_sums_of_squares(bucket) for bucket in self._buckets]
+        apart = [part for part, bucket in zip(sums, self._buckets, strict=True) if bucket.scattered]
+        if not apart:
+            return sums
+        # zeros where another replica has the chunk: the sum is exact
+        whole_again = iter(comm.all_reduce(torch.cat(apart), self.mesh.replicas).split([len(part) for part in apart]))
+        return [
+            next(whole_again) if bucket.scattered else part for part, bucket in zip(sums, self._buckets, strict=True)
+        ]
 
     def scale(self, factor: float) -> None:
         """Multiplies every gradient."""
         if factor == 1:
             return
         for bucket in self._buckets:
-            bucket.flat.mul_(factor)
+            bucket.summed.mul_(factor)
+
+    def pieces(self) -> list[Piece]:
+        """What this rank updates of each parameter, in the order of `placed`; an empty stretch where that is nothing.
+
+        The tensors' `grad`s are views of the buckets: good for every step.
+        """
+        if not self.sharded:
+            return [Piece(spec, parameter) for spec, parameter in self.placed]
+        found: dict[str, Piece] = {}
+        for bucket in self._buckets:
+            for (spec, parameter), (first, last) in zip(
+                bucket.members, stretches(bucket.lengths, bucket.mine), strict=True
+            ):
+                assert parameter.grad is not None
+                part = parameter.detach().view(-1)[first:last]
+                part.grad = parameter.grad.view(-1)[first:last]
+                found[spec.name] = Piece(spec, part, (first, last))
+        return [found[spec.name] for spec, _ in self.placed]
+
+    def gather(self) -> None:
+        """After the update: makes the parameters whole where pieces are shares; all-gathers them over the replicas."""
+        if not self.sharded:
+            return
+        for bucket in self._buckets:
+            gather(Strip.of([parameter for _, parameter in bucket.members]), bucket.shares, self.mesh.replicas)
 
 
-def _sum_of_squares(x: Tensor) -> Tensor:
-    """In float64, a few elements at a time: copies of all of them would take four times the gradient's memory."""
-    parts = x.reshape(-1).split(_SQUARED)
-    return torch.stack([part.double().square().sum() for part in parts]).sum().cpu()
+def buckets(placed: Sequence[Placed], mesh: Mesh) -> list[tuple[Kind, list[Placed]]]:
+    """The parameters of each bucket, in the order in which a backward pass fills them."""
+    kinds = (
+        Kind("cut", mesh.replicas),
+        Kind("uncut", mesh.replicas),
+        Kind("overlap", mesh.replicas),
+        Kind("partial", mesh.replicas_tensor),
+        Kind("tied", mesh.replicas, mesh.ends),
+        Kind("stages", mesh.replicas, mesh.pipeline),
+        Kind("partial stages", mesh.replicas_tensor, mesh.pipeline),
+    )
+    found: list[tuple[Kind, list[Placed]]] = []
+    for kind in kinds:
+        members = [(spec, parameter) for spec, parameter in placed if _kind_of(spec) == kind.name]
+        found += [(kind, run) for run in _runs(list(reversed(members)))]
+    return found
+
+
+def _kind_of(spec: Spec) -> str:
+    if spec.pipeline_sum:
+        return "partial stages" if spec.reduce == "tensor" else "stages"
+    if spec.tied:
+        return "tied"
+    if spec.reduce != "none":
+        return "partial" if spec.reduce == "tensor" else "overlap"
+    return "uncut" if spec.index == whole(spec.shape) else "cut"
+
+
+def _counted(spec: Spec, parameter: nn.Parameter) -> Sequence[Tensor]:
+    """The chunks of the gradient's part that this rank counts in norms, each as one dimension; at least one."""
+    grad = parameter.grad
+    assert grad is not None
+    if spec.owned is None:
+        return (grad.view(-1)[:0],)
+    if spec.owned != spec.index:
+        offset = [slice(o.start - i.start, o.stop - i.start) for o, i in zip(spec.owned, spec.index, strict=True)]
+        grad = grad[tuple(offset)]
+    return grad.reshape(-1).split(CHUNK)
+
+
+def _sums_of_squares(bucket: _Bucket) -> Tensor:
+    """float64 [chunks], on the CPU: one parameter after another, zero for chunks outside of a share."""
+    zero = torch.zeros((), dtype=torch.float64, device=bucket.flat.device)
+    first, last = bucket.mine if bucket.scattered else (0, bucket.flat.numel())
+    sums: list[Tensor] = []
+    for at, (spec, parameter) in zip([0, *accumulate(bucket.lengths)], bucket.members, strict=False):
+        for number, part in enumerate(_counted(spec, parameter)):
+            held = first <= at + number * CHUNK < last
+            sums.append(part.double().square().sum() if held else zero)
+    return torch.stack(sums).cpu()
 
 
 def _hook(gradients: weakref.ref[Gradients], index: int) -> Callable[[Tensor], None]:

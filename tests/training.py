@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,9 +22,11 @@ from conf.schema import (
     TuneConf,
 )
 from kernels import dispatch
+from parallel import comm
 from parallel.comm import Launch
 from parallel.mesh import Mesh
 from parallel.sharding import Spec
+from parallel.zero import Strip, gather
 from tests.models import TINY, RandomWeights
 from tests.ranks import on_ranks
 from train.data import Row
@@ -125,6 +128,10 @@ def train_rank(launch: Launch, run: Run) -> Any:
     for step in range(1, run.steps + 1):
         rows = rows_of(step, run.batch_size, run.architecture.vocab_size)
         results.append(trainer.step(step, rows))
+        assert differing_replicas(trainer) == []
+    for bucket in trainer.gradients._buckets:
+        if bucket.scattered:
+            gather(Strip.of([p.grad for _, p in bucket.members if p.grad is not None]), bucket.shares, mesh.replicas)
     gradients, parameters = [], []
     clip = min(1.0, 1.0 / (results[-1].grad_norm + 1e-6)) if results[-1].grad_norm > 1 else 1.0
     for spec, parameter in trainer.placed:
@@ -132,6 +139,15 @@ def train_rank(launch: Launch, run: Run) -> Any:
         gradients.append((spec, (parameter.grad / clip).numpy()))
         parameters.append((spec, parameter.detach().numpy()))
     return [r.loss for r in results], [r.grad_norm for r in results], gradients, parameters
+
+
+def differing_replicas(trainer: Trainer) -> list[str]:
+    """Names of this rank's parameters that aren't bitwise the same on every replica; collective, told to all of them."""
+    hashes = {
+        spec.name: hashlib.blake2b(parameter.detach().view(torch.uint8).numpy()).hexdigest()
+        for spec, parameter in trainer.placed
+    }
+    return comm.disagreements(hashes, trainer.mesh.replicas)
 
 
 def perturb(placed: Sequence[tuple[Spec, torch.nn.Parameter]]) -> None:

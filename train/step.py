@@ -48,8 +48,11 @@ class Trainer:
         self.config, self.model, self.mesh = config, model, model.mesh
         self.placed = model.trainable()
         overlapped = model.prefix is None or model.prefix.hidden is None
-        self.gradients = Gradients(model.mesh, self.placed, overlapped)
-        self.optimizer = adamw(config.optim, self.placed)
+        self.gradients = Gradients(model.mesh, self.placed, overlapped, sharded=config.optim.kind == "zero1")
+        self.pieces = self.gradients.pieces()
+        self.optimizer = adamw(config.optim, [(p.spec, p.tensor) for p in self.pieces])
+        self.updates = 0
+        """Steps of the optimizer, those of earlier runs included."""
         self.loss_scale = LossScale.start(config.model.dtype)
         self.names = self._all_names()
 
@@ -162,3 +165,5 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        self.gradients.gather()
+        self.updates += 1

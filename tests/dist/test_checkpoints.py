@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from parallel import checkpoint
 from parallel.checkpoint import blocks, contents, directory
 from parallel.checkpoint.__main__ import main
+from parallel.checkpoint.verify import verify
 from tests.commands import losses, metrics, train, write_chats
-from tests.ranks import on_ranks
+from tests.ranks import needs_shared_memory, on_ranks
 
 TUNES = {
     "full": ["tune=full"],
@@ -25,6 +26,8 @@ TUNES = {
 LAYOUTS = {
     "tensor2_pipeline2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
     "data2": (2, ["parallel.data=2"]),
+    "data2_tensor2": (4, ["parallel.data=2", "parallel.tensor=2"]),
+    "data3_zero": (3, ["parallel.data=3", "optim=zero1"]),
     "alone": (1, []),
     "tensor3": (3, ["parallel.tensor=3"]),
 }
@@ -84,6 +87,25 @@ def test_any_layout_resumes_another_ones_checkpoint(tmp_path: Path, tune: str) -
         assert len(found) == 4
         expected = expected or found
         assert found == pytest.approx(expected, rel=1e-5), layout
+
+
+@needs_shared_memory
+@pytest.mark.parametrize("tune", ["full", "projected"])
+def test_zero_saves_what_adamw_saves_and_each_goes_on_from_the_other(tmp_path: Path, tune: str) -> None:
+    folders = {name: tmp_path / name for name in ("adamw", "zero", "mixed")}
+    for folder in folders.values():
+        folder.mkdir()
+    run(folders["adamw"], "data2_tensor2", tune, 6)
+    run(folders["zero"], "data2_tensor2", tune, 6, "optim=zero1")
+    for steps, optim in ((2, "zero1"), (4, "adamw"), (6, "zero1")):
+        run(folders["mixed"], "data2_tensor2", tune, steps, f"optim={optim}")
+    expected = tensors(folders["adamw"])
+    for name in ("zero", "mixed"):
+        assert losses(folders[name] / "run") == losses(folders["adamw"] / "run")
+        found = tensors(folders[name])
+        assert found.keys() == expected.keys()
+        assert all(tensor.equal(found[key]) for key, tensor in expected.items())
+        assert verify(folders[name] / "run/checkpoints/latest").problems == ()
 
 
 def test_saving_without_a_step_between_gives_the_same_bytes_under_every_layout(tmp_path: Path) -> None:
