@@ -26,11 +26,11 @@ TUNES = {
 LAYOUTS = {
     "tensor2_pipeline2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
     "data2": (2, ["parallel.data=2"]),
-    "data2_tensor2": (4, ["parallel.data=2", "parallel.tensor=2"]),
     "data3_zero": (3, ["parallel.data=3", "optim=zero1"]),
     "alone": (1, []),
     "tensor3": (3, ["parallel.tensor=3"]),
 }
+FOUR = {"data2_tensor2": (4, ["parallel.data=2", "parallel.tensor=2"])}
 
 
 def run(folder: Path, layout: str, tune: str, steps: int, *more: str) -> int:
@@ -38,7 +38,7 @@ def run(folder: Path, layout: str, tune: str, steps: int, *more: str) -> int:
     data = folder / "chats.jsonl"
     if not data.exists():
         write_chats(data)
-    ranks, keys = LAYOUTS[layout]
+    ranks, keys = {**LAYOUTS, **FOUR}[layout]
     arguments = [
         "model=tiny", f"data.path={data}", f"run_dir={folder / 'run'}", "optim.lr=0.003", "train.batch_size=6",
         "optim.schedule=cosine", "optim.decay_steps=8", f"train.steps={steps}", *TUNES[tune], *keys, *more,
