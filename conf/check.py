@@ -30,6 +30,7 @@ LONGEST_ROW = 2048
 MAY_CHANGE = (
     "parallel.",
     "logger.",
+    "optim.kind",
     "run_dir",
     "train.steps",
     "train.save_every",

@@ -22,7 +22,7 @@ class ConfigError(ValueError):
 # Values that are planned and that this version does not have: refused as "not available yet", not as unknown.
 PLANNED: Mapping[str, tuple[str, ...]] = {
     "tune": ("qlora", "prompt", "ptuning", "adapter", "ia3"),
-    "optim": ("zero1", "deepspeed"),
+    "optim": ("deepspeed",),
     "parallel.schedule": ("pipedream",),
     "schedule": ("pipedream",),
 }
@@ -210,7 +210,7 @@ class DataConf:
 class OptimConf:
     """AdamW and the learning rate over time."""
 
-    kind: Literal["adamw"] = option("adamw", "Optimizer.")
+    kind: Literal["adamw", "zero1"] = option("adamw", "AdamW; zero1 keeps its state shared out over the replicas.")
     lr: float = option(1e-4, "Peak learning rate.", FROM_0)
     weight_decay: float = option(0.0, "Decoupled weight decay.", FROM_0)
     betas: tuple[float, float] = option((0.9, 0.999), "Decay of the two moments.", "[0,1)")

@@ -37,7 +37,7 @@ __all__ = [
     "Group", "Launch", "PeerLost", "Pending", "Traffic",
     "all_gather", "all_reduce", "all_reduce_start", "all_to_all", "barrier", "broadcast", "broadcast_bytes", "device",
     "direct_sum", "disagreements", "exchange_start", "new_handle", "receive", "receive_start", "reduce_scatter",
-    "send_start", "start", "stop", "sum_in_rank_order", "tell",
+    "reduce_scatter_start", "send_start", "start", "stop", "sum_in_rank_order", "tell",
 ]  # fmt: skip
 
 
@@ -336,6 +336,19 @@ def reduce_scatter(x: Tensor, group: Group, sizes: Sequence[int], dim: int) -> T
     except RuntimeError as error:
         raise lost(error, "reduce_scatter", group) from error
     return part.movedim(0, dim) if dim else part
+
+
+def reduce_scatter_start(x: Tensor, group: Group, sizes: Sequence[int]) -> Pending:
+    """Begins a sum of contiguous `x` over the group, of which this rank needs `x.split(sizes)[rank]`; in place.
+
+    The other parts are of no use then. Shared memory scatters, at once; the network sums everything beside the
+    computation (gloo scatters equal parts only, and waits for them).
+    """
+    if group.size == 1 or not isinstance(group.through(x), shared_memory.SharedMemory):
+        return all_reduce_start(x, group)
+    part = reduce_scatter(x, group, sizes, 0)
+    x.split(list(sizes))[group.rank].copy_(part)
+    return DONE
 
 
 def all_to_all(parts: Sequence[Tensor], group: Group, shapes: Sequence[Sequence[int]]) -> list[Tensor]:

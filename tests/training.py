@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -22,10 +23,12 @@ from conf.schema import (
     TuneConf,
 )
 from kernels import dispatch
+from parallel import comm
 from parallel.comm import Launch
 from parallel.mesh import Mesh
 from parallel.pipeline.plan import Plan
 from parallel.sharding import Spec, partition
+from parallel.zero import Strip, gather
 from tests.models import TINY, RandomWeights
 from tests.ranks import on_ranks
 from train.data import Row
@@ -140,6 +143,10 @@ def train_rank(launch: Launch, run: Run) -> Any:
     for step in range(1, run.steps + 1):
         rows = rows_of(step, run.batch_size, run.architecture.vocab_size)
         results.append(trainer.step(step, rows))
+        assert differing_replicas(trainer) == []
+    for bucket in trainer.gradients._buckets:
+        if bucket.scattered:
+            gather(Strip.of([p.grad for _, p in bucket.members if p.grad is not None]), bucket.shares, mesh.replicas)
     gradients, parameters = [], []
     clip = min(1.0, 1.0 / (results[-1].grad_norm + 1e-6)) if results[-1].grad_norm > 1 else 1.0
     for spec, parameter in trainer.placed:
@@ -166,6 +173,15 @@ class _Planned(Trainer):
     def _plan(self, num_microbatches: int) -> Plan:
         assert num_microbatches == self.plan.microbatches
         return self.plan
+
+
+def differing_replicas(trainer: Trainer) -> list[str]:
+    """Names of this rank's parameters that aren't bitwise the same on every replica; collective, told to all of them."""
+    hashes = {
+        spec.name: hashlib.blake2b(parameter.detach().view(torch.uint8).numpy()).hexdigest()
+        for spec, parameter in trainer.placed
+    }
+    return comm.disagreements(hashes, trainer.mesh.replicas)
 
 
 def perturb(placed: Sequence[tuple[Spec, torch.nn.Parameter]]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from conf.schema import OptimConf
 from parallel.sharding import Spec
@@ -29,8 +29,11 @@ def learning_rate(optim: OptimConf, step: int) -> float:
     return optim.min_lr + (optim.lr - optim.min_lr) * left
 
 
-def adamw(optim: OptimConf, placed: Sequence[tuple[Spec, nn.Parameter]]) -> torch.optim.AdamW:
-    """torch's fused AdamW (arXiv:1711.05101) in the parameters' dtype; norms and biases don't decay."""
+def adamw(optim: OptimConf, placed: Sequence[tuple[Spec, Tensor]]) -> torch.optim.AdamW:
+    """torch's fused AdamW (arXiv:1711.05101) in the parameters' dtype; norms and biases don't decay.
+
+    placed: parameters, or contiguous parts of some with a `grad` of their own, by the placement of the parameter.
+    """
     matrices = [p for spec, p in placed if _decays(spec)]
     vectors = [p for spec, p in placed if not _decays(spec)]
     groups = [

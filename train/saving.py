@@ -7,6 +7,7 @@ checkpoints/step-20/
     state.json                                       step, tracker's run id, optimizer steps, loss scale
     config.yaml                                      the run's configuration
     optimizer.safetensors                            AdamW's moments by full parameter name
+    checksums.json                                   of every tensor in the files
     parameters.safetensors                           a reparameterised prefix's MLP (only then)
 """
 
@@ -104,8 +105,8 @@ def find_resume(config: Config) -> Resume | None:
         lines = "\n".join(f"  {line}" for line in changed)
         raise ConfigError(
             f"train.resume={config.train.resume}: {directory} was written with other options:\n{lines}\n"
-            "only parallel.*, train.steps, train.save_every, train.keep_checkpoints and logger.* may change; "
-            "set the others back, use another run_dir, or train.resume=never"
+            "only parallel.*, optim (adamw, zero1), train.steps, train.save_every, train.keep_checkpoints and logger.* "
+            "may change; set the others back, use another run_dir, or train.resume=never"
         )
     for name in _tensor_files(config):
         if not (found.directory / name).is_file():
@@ -159,11 +160,13 @@ def restore(trainer: Trainer, resume: Resume) -> None:
     """Puts the optimizer's moments and the loss scale of the checkpoint into the trainer."""
     dtype = master_dtype(trainer.model.decoder.dtype)
     readers = {name: checkpoint.reader(resume.directory / OPTIMIZER, f"{name}.") for name in MOMENTS}
-    for spec, parameter in trainer.placed:
-        trainer.optimizer.state[parameter] = {
-            "step": torch.tensor(float(resume.optimizer_steps), device=parameter.device),
-            **{name: read(spec, dtype).to(parameter.device) for name, read in readers.items()},
+    for piece in trainer.pieces:
+        device = piece.tensor.device
+        trainer.optimizer.state[piece.tensor] = {
+            "step": torch.tensor(float(resume.optimizer_steps), device=device),
+            **{name: read(piece.spec, dtype, piece.stretch).to(device) for name, read in readers.items()},
         }
+    trainer.updates = resume.optimizer_steps
     trainer.loss_scale = LossScale(trainer.loss_scale.dynamic, resume.loss_scale, resume.calm)
 
 
@@ -175,7 +178,7 @@ def save(trainer: Trainer, source: Source, data: str, step: int, run_id: str | N
         files = [*_public_files(trainer.model, source), _optimizer_file(trainer)]
     state = {
         "step": step,
-        "optimizer_steps": _optimizer_steps(trainer),
+        "optimizer_steps": trainer.updates,
         "run_id": run_id,
         "loss_scale": trainer.loss_scale.scale,
         "calm": trainer.loss_scale.calm,
@@ -210,19 +213,13 @@ def _public_files(model: Model, source: Source) -> list[TensorFile]:
 
 def _optimizer_file(trainer: Trainer) -> TensorFile:
     blocks: list[Block] = []
-    for spec, parameter in trainer.placed:
-        state = trainer.optimizer.state.get(parameter, {})
+    for piece in trainer.pieces:
+        state = trainer.optimizer.state.get(piece.tensor, {})
         for name in MOMENTS:
-            moment: Tensor = state[name] if name in state else torch.zeros_like(parameter)
-            blocks.append(Block(renamed(spec, f"{name}.{spec.name}"), moment))
+            moment: Tensor = state[name] if name in state else torch.zeros_like(piece.tensor)
+            spec = renamed(piece.spec, f"{name}.{piece.spec.name}")
+            blocks.append(Block(spec, moment, stretch=piece.stretch))
     return TensorFile(OPTIMIZER, blocks, {})
-
-
-def _optimizer_steps(trainer: Trainer) -> int:
-    for _, parameter in trainer.placed:
-        state = trainer.optimizer.state.get(parameter)
-        return int(state["step"]) if state else 0
-    return 0
 
 
 def _public_texts(config: Config, model: Model, source: Source) -> Mapping[str, str]:

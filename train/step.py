@@ -55,8 +55,12 @@ class Trainer:
         self.config, self.model, self.mesh = config, model, model.mesh
         self.placed = model.trainable()
         overlapped = model.prefix is None or model.prefix.hidden is None
-        self.gradients = Gradients(model.mesh, self.placed, overlapped, model.tied_heads())
-        self.optimizer = adamw(config.optim, self.placed)
+        sharded = config.optim.kind == "zero1"
+        self.gradients = Gradients(model.mesh, self.placed, overlapped, model.tied_heads(), sharded)
+        self.pieces = self.gradients.pieces()
+        self.optimizer = adamw(config.optim, [(p.spec, p.tensor) for p in self.pieces])
+        self.updates = 0
+        """Steps of the optimizer, those of earlier runs included."""
         self.loss_scale = LossScale.start(config.model.dtype)
         self.names = self._all_names()
         self.cost = Cost.of(model.decoder.architecture)
@@ -197,3 +201,5 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        self.gradients.gather()
+        self.updates += 1

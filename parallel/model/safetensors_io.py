@@ -72,6 +72,17 @@ def read_header(path: Path) -> Header:
         ConfigError: missing, truncated or corrupt file, unknown dtype, offsets that overlap, leave holes or leave
             the file.
     """
+    header, start = parse_header(path)
+    _check_layout(path, header.entries, start, path.stat().st_size)
+    return header
+
+
+def parse_header(path: Path) -> tuple[Header, int]:
+    """The header of `path`, whatever follows it in the file, and the first byte after it.
+
+    Raises:
+        ConfigError: missing or corrupt file, unknown dtype, a header that the file is too short for.
+    """
     if not path.is_file():
         raise ConfigError(f"{path} is missing")
     size = path.stat().st_size
@@ -95,8 +106,7 @@ def read_header(path: Path) -> Header:
     if not isinstance(metadata, dict):
         raise ConfigError(f"{path} is corrupt: its __metadata__ is not an object")
     entries = {name: _entry(path, name, field, 8 + length) for name, field in fields.items()}
-    _check_layout(path, entries, 8 + length, size)
-    return Header(MappingProxyType(entries), MappingProxyType(metadata))
+    return Header(MappingProxyType(entries), MappingProxyType(metadata)), 8 + length
 
 
 def build_header(

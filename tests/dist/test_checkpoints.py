@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from parallel import checkpoint
+from parallel.checkpoint import blocks, contents, directory
+from parallel.checkpoint.__main__ import main
+from parallel.checkpoint.verify import verify
 from tests.commands import losses, metrics, train, write_chats
-from tests.ranks import on_ranks
+from tests.ranks import needs_shared_memory, on_ranks
 
 TUNES = {
     "full": ["tune=full"],
@@ -23,6 +26,7 @@ TUNES = {
 LAYOUTS = {
     "tensor2_pipeline2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
     "data2": (2, ["parallel.data=2"]),
+    "data3_zero": (3, ["parallel.data=3", "optim=zero1"]),
     "alone": (1, []),
     "tensor3": (3, ["parallel.tensor=3"]),
 }
@@ -31,6 +35,7 @@ SCHEDULES = {
     "interleaved": (2, ["parallel.pipeline=2", "parallel.schedule=interleaved", "parallel.stages=[1,1,1,2]"]),
     "1f1b": (2, ["parallel.pipeline=2"]),
 }
+FOUR = {"data2_tensor2": (4, ["parallel.data=2", "parallel.tensor=2"])}
 
 
 def run(folder: Path, layout: str, tune: str, steps: int, *more: str) -> int:
@@ -38,7 +43,7 @@ def run(folder: Path, layout: str, tune: str, steps: int, *more: str) -> int:
     data = folder / "chats.jsonl"
     if not data.exists():
         write_chats(data)
-    ranks, keys = (LAYOUTS | SCHEDULES)[layout]
+    ranks, keys = (LAYOUTS | SCHEDULES | FOUR)[layout]
     arguments = [
         "model=tiny", f"data.path={data}", f"run_dir={folder / 'run'}", "optim.lr=0.003", "train.batch_size=6",
         "optim.schedule=cosine", "optim.decay_steps=8", f"train.steps={steps}", *TUNES[tune], *keys, *more,
@@ -109,6 +114,25 @@ def test_any_schedule_resumes_another_ones_checkpoint_bitwise(tmp_path: Path, tu
             assert tensor.equal(found[1][name]), (schedule, name)
 
 
+@needs_shared_memory
+@pytest.mark.parametrize("tune", ["full", "projected"])
+def test_zero_saves_what_adamw_saves_and_each_goes_on_from_the_other(tmp_path: Path, tune: str) -> None:
+    folders = {name: tmp_path / name for name in ("adamw", "zero", "mixed")}
+    for folder in folders.values():
+        folder.mkdir()
+    run(folders["adamw"], "data2_tensor2", tune, 6)
+    run(folders["zero"], "data2_tensor2", tune, 6, "optim=zero1")
+    for steps, optim in ((2, "zero1"), (4, "adamw"), (6, "zero1")):
+        run(folders["mixed"], "data2_tensor2", tune, steps, f"optim={optim}")
+    expected = tensors(folders["adamw"])
+    for name in ("zero", "mixed"):
+        assert losses(folders[name] / "run") == losses(folders["adamw"] / "run")
+        found = tensors(folders[name])
+        assert found.keys() == expected.keys()
+        assert all(tensor.equal(found[key]) for key, tensor in expected.items())
+        assert verify(folders[name] / "run/checkpoints/latest").problems == ()
+
+
 def test_saving_without_a_step_between_gives_the_same_bytes_under_every_layout(tmp_path: Path) -> None:
     """A -> B -> A: what a layout reads it writes back bit for bit."""
     first = tmp_path / "first"
@@ -137,8 +161,8 @@ def _read_and_write(launch, source: Path, target: Path, sizes: tuple[int, int, i
     stages = [weights.architecture.num_layers] if pipeline == 1 else [1, weights.architecture.num_layers - 1]
     ops = dispatch.select(torch.device("cpu"), torch.float32)
     decoder = build_decoder(weights, mesh, stages, dtype=torch.float32, ops=ops, trainable=True)
-    blocks = [checkpoint.Block(spec, p) for spec, p in decoder.placed()]
-    checkpoint.save(target, [checkpoint.TensorFile("model.safetensors", blocks, {"format": "pt"})], {}, mesh)
+    mine = [checkpoint.Block(spec, p) for spec, p in decoder.placed()]
+    checkpoint.save(target, [checkpoint.TensorFile("model.safetensors", mine, {"format": "pt"})], {}, mesh)
 
 
 def test_a_full_checkpoint_opens_in_transformers_with_our_logits(tmp_path: Path) -> None:
@@ -149,12 +173,12 @@ def test_a_full_checkpoint_opens_in_transformers_with_our_logits(tmp_path: Path)
     from tests.unit.test_decoder import our_model, packed_step
 
     run(tmp_path, "tensor3", "full", 3)
-    directory = tmp_path / "run" / "checkpoints" / "latest"
-    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    source = open_source(ModelConf(path=str(directory), dtype="float32"))
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    theirs = AutoModelForCausalLM.from_pretrained(latest, dtype=torch.float32)
+    source = open_source(ModelConf(path=str(latest), dtype="float32"))
     text = "What is a mesh?"
     ids = source.tokenizer().encode(text)
-    assert AutoTokenizer.from_pretrained(directory)(text)["input_ids"] == ids
+    assert AutoTokenizer.from_pretrained(latest)(text)["input_ids"] == ids
     decoder = our_model(source, torch.float32)  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
         ours = decoder.logits(decoder(torch.tensor(ids), packed_step(decoder, (len(ids),))))
@@ -185,8 +209,12 @@ def _crash_amid_save(launch, folder: Path, point: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if launch.rank == 0:
-        target = {"before_files": "_write_file", "amid_files": "_write_block", "before_rename": "publish"}[point]
-        setattr(checkpoint, target, die)
+        module, target = {
+            "before_files": (directory, "_write_file"),
+            "amid_files": (blocks, "write_block"),
+            "before_rename": (directory, "publish"),
+        }[point]
+        setattr(module, target, die)
     _, keys = LAYOUTS["data2"]
     train_rank(
         launch,
@@ -196,6 +224,23 @@ def _crash_amid_save(launch, folder: Path, point: str) -> None:
             *TUNES["lora"], *keys,
         ],
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("tune", ["full", "lora", "prefix"])
+def test_what_inspect_says(tmp_path: Path, tune: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, "alone", tune, 2)
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    assert main(["verify", str(latest)]) == 0
+    assert main(["inspect", str(latest)]) == 0
+    text = capsys.readouterr().out
+    assert {"full": "model, llama", "lora": "adapter, LORA", "prefix": "adapter, PREFIX_TUNING"}[tune] in text
+    assert "step       2 of 2" in text
+    assert "12 rows done, 6 a step" in text
+    assert "adamw, 2 updates, lr 0.003" in text
+    trained = {name: tensor for name, tensor in tensors(tmp_path).items() if not name.startswith("optimizer")}
+    elements = sum(tensor.numel() for tensor in trained.values())
+    row = next(line.split() for line in text.splitlines() if line.split()[:2] == ["1", "1"])
+    assert row[-2:] == contents._size(8 * elements).split()
 
 
 def test_a_fresh_start_in_an_old_run_dir_never_goes_on_from_the_old_run(tmp_path: Path) -> None:

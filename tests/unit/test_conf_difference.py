@@ -18,6 +18,7 @@ class TestDifference:
             "train.keep_checkpoints=1",
             "train.resume=never",
             "logger=wandb",
+            "optim=zero1",
         ]
         assert difference(saved, checked("tune=lora", "run_dir=b", *argv, ranks=2)) == []
 

@@ -48,7 +48,7 @@ REFUSED = {
         "tune.kind=lorra": "tune=lorra is not one of full, lora, prefix; did you mean lora?",
         "tune=": "is not one of full, lora, prefix",
         "tune=qlora": "is not available yet; use one of full, lora, prefix",
-        "optim=zero1": "is not available yet; use one of adamw",
+        "optim=deepspeed": "is not available yet; use one of adamw, zero1",
         "data=a/b.jsonl": "is not one of default; did you mean data.path=a/b.jsonl?",
         "model=./dir": "did you mean model.path=./dir?",
         "parallel.schedule=pipedream": "is not available yet; use one of gpipe, 1f1b, interleaved, zero_bubble, zbv",
