@@ -55,7 +55,7 @@ def _kept_by(mesh: Mesh, run: Run, layers: int) -> int:
     ops = dispatch.select(torch.device("cpu"), torch.float32)
     model = build_model(run.config, RandomWeights(run.architecture), mesh, ops)
     with _counted() as found:
-        total = model.loss(_batch(run), None, None, None)
+        total = model.loss(_batch(run), 0, None, None, None)
     assert total.requires_grad
     weights = {parameter.untyped_storage().data_ptr() for _, parameter in model.trainable()}
     return sum(size for address, size in found.items() if address not in weights)

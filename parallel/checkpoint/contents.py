@@ -176,7 +176,7 @@ def _held(
     if adapter.kind == "lora":
         lora.install(decoder, adapter, 0, read, trainable=True)
         return _Held(frozen, sum(parameter.numel() for _, parameter in decoder.placed()) - frozen)
-    prefix = Prefix(adapter, decoder, read, trainable=True)
+    prefix = Prefix(adapter, [decoder], read, trainable=True)
     return _Held(frozen, sum(parameter.numel() for _, parameter in placed(prefix)))
 
 

@@ -24,10 +24,12 @@ OPTIONS = {
         1, ["port=1"], "port=1 has no effect in train: port is a key of serve",
     ),
     "unknown schedule": (
-        1, ["parallel.schedule=1f1c"], "parallel.schedule=1f1c is not one of gpipe, 1f1b; did you mean 1f1b?",
+        1, ["parallel.schedule=1f1c"],
+        "parallel.schedule=1f1c is not one of gpipe, 1f1b, interleaved, zero_bubble, zbv; did you mean 1f1b?",
     ),
     "planned schedule": (
-        1, ["parallel.schedule=zbv"], "parallel.schedule=zbv is not available yet; use one of gpipe, 1f1b",
+        1, ["parallel.schedule=pipedream"],
+        "parallel.schedule=pipedream is not available yet; use one of gpipe, 1f1b, interleaved, zero_bubble, zbv",
     ),
     "degrees of another number of ranks": (
         3, ["parallel.tensor=2", "parallel.data=2"],
