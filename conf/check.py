@@ -163,6 +163,9 @@ def _training(config: Config) -> list[str]:
     if config.parallel.sequence and config.parallel.tensor in (None, 1):
         advice = "remove it or set parallel.tensor>1"
         problems.append(f"parallel.sequence=true has no effect with parallel.tensor=1; {advice}")
+    if config.parallel.trace and config.parallel.pipeline == 1:
+        advice = "remove it or set parallel.pipeline>1"
+        problems.append(f"parallel.trace=true has no effect with parallel.pipeline=1; {advice}")
     return problems + _targets(config)
 
 

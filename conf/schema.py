@@ -150,6 +150,7 @@ class ParallelConf:
     recompute: Literal["none", "selective", "full"] = option(
         "none", "Activations recomputed in backward instead of kept.", only=TRAINING
     )
+    trace: bool = option(False, "Write when each pass of a pipeline ran, to run_dir/trace.", only=TRAINING)
     microbatches: int | None = option(
         None,
         "Microbatches per data rank and step; default 1, with a pipeline 2 x stages.",
@@ -391,6 +392,7 @@ class ShowConfig:
         None, "Microbatches whose activations a rank may keep.", ABOVE_0, needs=("schedule", ("auto",))
     )
     file: str | None = option(None, "Schedule to draw, as out=<name>.txt writes it.")
+    trace: str | None = option(None, "Run directory: its last step, trained with parallel.trace=true, beside its plan.")
     forward: float = option(1.0, "Time of the forward through a rank's layers.", ABOVE_0)
     input: float = option(1.0, "Time of the gradient of their input.", FROM_0)
     weight: float = option(1.0, "Time of the gradients of their weights.", FROM_0)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from parallel.context.plan import Plan as ContextPlan
 from parallel.gradients import Gradients
 from parallel.pipeline import run, schedules
 from parallel.pipeline.plan import Plan
+from parallel.pipeline.trace import Writer
 from parallel.randomness import DropoutKey
 from train import agreement
 from train.batches import Microbatch, microbatches, packs, share
@@ -63,6 +65,9 @@ class Trainer:
         """Steps of the optimizer, those of earlier runs included."""
         self.loss_scale = LossScale.start(config.model.dtype)
         self.names = self._all_names()
+        first = model.mesh.replicas.is_first and model.mesh.tensor.is_first
+        traces = config.parallel.trace and first
+        self.trace = Writer(Path(config.run_dir), model.mesh.pipeline.rank) if traces else None
         self.cost = Cost.of(model.decoder.architecture)
 
     def _all_names(self) -> list[str]:
@@ -150,15 +155,19 @@ class Trainer:
             dropout = DropoutKey(self.config.train.seed, number, batch.row_T, batch.positions_T)
             return model.loss(batch, chunk, hidden, step_prefix, dropout)
 
+        schedule = self._plan(len(batches))
         with self._packs(len(batches), ahead=True):
             losses = run.run(
-                self._plan(len(batches)),
+                schedule,
                 pipeline,
                 forward,
                 border=model.border(batches),
                 scale=scale,
                 weights=weights,
+                note=None if self.trace is None else self.trace.note,
             )
+        if self.trace is not None:
+            self.trace.step(number, schedule)
         if step_prefix is not None:
             step_prefix.end()
         self.gradients.finish()

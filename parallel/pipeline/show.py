@@ -7,22 +7,29 @@ Without `out` the picture goes to the terminal; `out=x.svg` writes an SVG by han
 `forward`, `input` and `weight` are the times of a rank's layers, of which each of its chunks takes an equal part.
 Below a rank's blocks the SVG and PNG show, as steps, how many activations it keeps. `schedule=auto` draws the one
 that `choose` picks, and what it predicted for the others.
+
+    python -m parallel.pipeline.show trace=runs/mine out=x.svg
+
+draws the last step of a run that was trained with `parallel.trace=true`, below what its schedule predicts for the times
+that its passes took.
 """
 
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 from conf.load import load
 from conf.schema import ConfigError, ShowConfig
 from parallel.pipeline.choose import Prediction, choose, predictions
 from parallel.pipeline.formulas import bubble_formula
-from parallel.pipeline.picture import Panel, planned, terminal
+from parallel.pipeline.picture import Panel, measured, planned, terminal
 from parallel.pipeline.plan import Plan
 from parallel.pipeline.png import png
 from parallel.pipeline.schedules import make
 from parallel.pipeline.svg import svg
 from parallel.pipeline.text import read, write
 from parallel.pipeline.timeline import Costs, in_flight_peak
+from parallel.pipeline.trace import read as read_trace
 
 MOST_CHUNKS = 4
 """Chunks per rank that `schedule=auto` considers when nobody says how many."""
@@ -60,17 +67,39 @@ def main(argv: list[str]) -> int:
     """Draws the schedule that the arguments name; returns the exit code (2 for a user's mistake)."""
     try:
         config = load(argv, "show")
+        if config.trace is not None:
+            return _trace(config, Path(config.trace))
         name, plan, notes = _plan(config)
         costs = _costs(config).part(plan.chunks)
         panel = planned(caption(name, plan), plan, costs, bubble_formula(name, plan, costs))
         if config.out:
-            _write(plan, panel, Path(config.out))
+            _write(plan, [panel], Path(config.out))
     except (ConfigError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     print(panel.title)
     print(f"wrote {config.out}" if config.out else terminal(panel))
     print("\n".join([panel.summary, *peaks(plan), *notes]))
+    return 0
+
+
+def _trace(config: ShowConfig, run_dir: Path) -> int:
+    """Draws a step of a run below its plan."""
+    default = ShowConfig(trace=config.trace, out=config.out)
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value != getattr(default, field.name):
+            raise ConfigError(f"{field.name}={value} has no effect with trace={config.trace}; remove one of them")
+    trace = read_trace(run_dir)
+    title = f"{run_dir}, step {trace.step}"
+    expected = replace(planned(f"{title}: planned", trace.plan, trace.costs()), axis="milliseconds")
+    found = measured(f"{title}: measured", trace.rows, expected, "milliseconds")
+    if config.out:
+        _write(trace.plan, [expected, found], Path(config.out))
+        print(f"wrote {config.out}")
+    else:
+        print("\n".join([expected.title, terminal(expected), "", found.title, terminal(found)]))
+    print("\n".join([found.summary, *peaks(trace.plan)]))
     return 0
 
 
@@ -91,13 +120,13 @@ def _plan(config: ShowConfig) -> tuple[str, Plan, list[str]]:
     return chosen.schedule, chosen.plan, ["", *table(predictions(*counts, most_chunks), chosen)]
 
 
-def _write(plan: Plan, panel: Panel, path: Path) -> None:
+def _write(plan: Plan, panels: list[Panel], path: Path) -> None:
     if path.suffix == ".svg":
-        path.write_text(svg([panel]), encoding="utf-8")
+        path.write_text(svg(panels), encoding="utf-8")
     elif path.suffix == ".png":
-        png([panel], path)
+        png(panels, path)
     elif path.suffix == ".txt":
-        write(plan, path, panel.title)
+        write(plan, path, panels[0].title)
     else:
         raise ConfigError(f"out={path} is no picture and no schedule file; use out=<name>.svg, .png or .txt")
 

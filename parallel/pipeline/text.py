@@ -68,12 +68,19 @@ def read(path: Path) -> Plan:
     return plan
 
 
+def parse(word: str) -> Action:
+    """What `str` made of an action. Raises ValueError for anything else."""
+    match = _ACTION.fullmatch(word)
+    if match is None:
+        raise ValueError(f"{word} is not an action; write F0, B0, I0 or W0, and F0/1 for chunk 1")
+    return Action(cast(Kind, match[1]), int(match[2]), int(match[3] or 0))
+
+
 def _row(line: str, place: str, problems: list[str]) -> tuple[Action, ...]:
     row: list[Action] = []
     for word in line.split():
-        match = _ACTION.fullmatch(word)
-        if match is None:
-            problems.append(f"{place}: {word} is not an action; write F0, B0, I0 or W0, and F0/1 for chunk 1")
-        else:
-            row.append(Action(cast(Kind, match[1]), int(match[2]), int(match[3] or 0)))
+        try:
+            row.append(parse(word))
+        except ValueError as error:
+            problems.append(f"{place}: {error}")
     return tuple(row)

@@ -228,6 +228,12 @@ class TestLayout:
             )
         assert checked("parallel.sequence=true", "parallel.tensor=3", ranks=3).parallel.sequence
 
+    def test_a_trace_needs_a_pipeline(self) -> None:
+        assert refused("parallel.trace=true") == (
+            "parallel.trace=true has no effect with parallel.pipeline=1; remove it or set parallel.pipeline>1"
+        )
+        assert checked("parallel.trace=true", "parallel.pipeline=2", ranks=2).parallel.trace
+
     def test_serving_has_no_replicas(self) -> None:
         assert "parallel.data=2 is not possible in serve: there are no replicas yet; use parallel.data=1" in refused(
             "parallel.data=2", command="serve", ranks=2

@@ -42,6 +42,7 @@ WITHOUT_TORCH = (
     "parallel/context/plan.py",
     "parallel/pipeline/choose.py",
     "parallel/pipeline/text.py",
+    "parallel/pipeline/trace.py",
 )
 
 
