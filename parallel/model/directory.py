@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from conf.schema import ConfigError
-from parallel.model.hf import check_parameters, parameter_shapes, places, read_architecture, read_config_file
+from parallel.model.hf import (
+    check_layers,
+    check_parameters,
+    parameter_shapes,
+    places,
+    read_architecture,
+    read_config_file,
+)
 from parallel.model.ranges import fingerprint
 from parallel.model.safetensors_io import Entry, Header, read_block, read_header
 from parallel.model.tokenizer import Tokenizer
@@ -101,8 +108,10 @@ class DirectorySource:
         except ConfigError as error:
             raise ConfigError(f"{directory}: {error}") from None
         self._files = SafetensorsFiles(self._directory)
+        found = self._files.shapes()
+        check_layers(self.architecture, found, str(directory))
         self._places = places(self.architecture, self.hf_config)
-        check_parameters(self.architecture, self._files.shapes(), str(directory), self._places)
+        check_parameters(self.architecture, found, str(directory), self._places)
         self._shapes = parameter_shapes(self.architecture)
 
     @property

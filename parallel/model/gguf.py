@@ -26,7 +26,7 @@ from torch import Tensor
 from conf.schema import Architecture, ConfigError
 from parallel.model.gguf_file import GgufArray, GgufFile, read_gguf, read_rows
 from parallel.model.gguf_rope import read_gguf_rope
-from parallel.model.hf import check_parameters, parameter_shapes, write_config
+from parallel.model.hf import check_layers, check_parameters, parameter_shapes, write_config
 from parallel.model.names import Spelling
 from parallel.model.ranges import block_ranges, fingerprint
 from parallel.model.tokenizer import Tokenizer
@@ -122,8 +122,9 @@ class GgufSource:
         self._file = read_gguf(path.resolve())
         self._family = _FAMILIES[family_of(self._file)]
         self.architecture = read_gguf_architecture(self._file)
-        self._places = _spelling(self._file, self._family).places(self.architecture)
         found = {name: t.shape for name, t in self._file.tensors.items() if not _NOT_WEIGHTS.fullmatch(name)}
+        check_layers(self.architecture, found, str(path))
+        self._places = _spelling(self._file, self._family).places(self.architecture)
         check_parameters(self.architecture, found, str(path), self._places)
 
     @property

@@ -8,7 +8,7 @@ would change the numbers and isn't supported is an error.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,7 +22,15 @@ from parallel.model.hf_values import flag, integer, optional, positive
 from parallel.model.hf_windows import read_windows, write_windows
 from parallel.model.names import Place
 
-__all__ = ["check_parameters", "parameter_shapes", "places", "read_architecture", "read_config_file", "write_config"]
+__all__ = [
+    "check_layers",
+    "check_parameters",
+    "parameter_shapes",
+    "places",
+    "read_architecture",
+    "read_config_file",
+    "write_config",
+]
 
 
 # keys that would change the numbers, with the only values under which they don't
@@ -158,6 +166,12 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return value
 
 
+def check_layers(architecture: Architecture, found: Collection[str], origin: str) -> None:
+    """Raise ConfigError for more layers than tensors: before anything is made for each layer of a config that lies."""
+    if architecture.num_layers > len(found):
+        raise ConfigError(f"{origin}: its config says {architecture.num_layers} layers, it holds {len(found)} tensors")
+
+
 def check_parameters(
     architecture: Architecture,
     found: Mapping[str, tuple[int, ...]],
@@ -169,8 +183,7 @@ def check_parameters(
     Tolerated beside them: stored rotary frequencies, and a head that is tied anyway. `origin` names the file or
     directory in the message. files: where the parameters should be, if not under our own names.
     """
-    if architecture.num_layers > len(found):
-        raise ConfigError(f"{origin}: its config says {architecture.num_layers} layers, it holds {len(found)} tensors")
+    check_layers(architecture, found, origin)
     expected = parameter_shapes(architecture)
     if files is not None:
         expected = {place.name: place.shape for place in files.values()}

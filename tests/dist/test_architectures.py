@@ -175,8 +175,8 @@ def logits_behind_prefix(source: Any, adapter: Path, ids: Sequence[int]) -> torc
     """As training computes them."""
     decoder = our_model(source, torch.float32)
     found = peft_files.read(adapter, source.architecture)
-    prefix = Prefix(found, decoder, checkpoint.reader(adapter / peft_files.WEIGHTS), trainable=False)
-    layers = StepPrefix.begin(prefix).layers(torch.float32)
+    prefix = Prefix(found, [decoder], checkpoint.reader(adapter / peft_files.WEIGHTS), trainable=False)
+    layers = StepPrefix.begin(prefix).layers(0, torch.float32)
     attend = DocumentAttend(source.architecture, decoder.here, decoder.ops, [0, len(ids)], layers)
     positions = torch.arange(len(ids)) + found.virtual_tokens
     with torch.no_grad():

@@ -20,8 +20,8 @@ from parallel.pipeline.timeline import Costs, bubble, idle_share
 from parallel.pipeline.trace import Writer, read
 from tests.ranks import on_ranks
 
-COSTS = Costs(forward=0.02, input=0.02, weight=0.02)
-"""Seconds of a chunk's passes."""
+COSTS = Costs(forward=0.05, input=0.05, weight=0.05)
+"""Seconds of a chunk's passes: the runner takes about 0.2 ms between two of them."""
 RANKS, MICROBATCHES = 4, 8
 
 

@@ -95,7 +95,7 @@ def test_every_command_has_valid_keys(path: Path) -> None:
 @pytest.mark.parametrize("path", [ROOT / "docs/training.md", ROOT / "docs/serving.md"], ids=lambda path: path.name)
 def test_tables_of_keys_are_the_schema(path: Path) -> None:
     """Every key exists, and defaults in backticks, as many as there are keys, are theirs (unless they are derived)."""
-    known = {**leaves(Config), **dict.fromkeys(("model", "tune", "logger", "adapters.<name>"))}
+    known = {**leaves(Config), **dict.fromkeys(("model", "tune", "optim", "logger", "adapters.<name>"))}
     tables = re.findall(r"^\| key \| default \|.*\n((?:\|.*\n)+)", path.read_text(), re.MULTILINE)
     for row in "".join(tables).replace("|---|---|---|\n", "").splitlines():
         keys, defaults = (re.findall(r"`([^`]+)`", cell) for cell in row.split("|")[1:3])
