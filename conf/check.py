@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from conf.convert import build, plain, show
-from conf.layout import balanced_stages, chunks_per_rank, degrees, fits, microbatches, scheduled
+from conf.layout import balanced_stages, chunks_per_rank, degrees, fits, microbatches, placement, scheduled
 from conf.rules import not_yet, out_of_range, unused
 from conf.schema import (
     LINEARS,
@@ -274,8 +274,7 @@ def _resolve(config: C, command: str, architecture: Architecture | None) -> C:
     """Replaces each "auto" and each None that stands for a derived value."""
     parallel = config.parallel
     if architecture is not None and parallel.stages == "auto":
-        placement = "vee" if parallel.schedule == "zbv" else "loop"
-        stages = balanced_stages(architecture, parallel.pipeline, chunks_per_rank(parallel), placement)
+        stages = balanced_stages(architecture, parallel.pipeline, chunks_per_rank(parallel), placement(parallel))
         parallel = replace(parallel, stages=stages)
     if command in SERVING:
         serve = config.serve

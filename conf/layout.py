@@ -10,6 +10,7 @@ from typing import Literal
 from conf.convert import show
 from conf.schema import Architecture, Config, ParallelConf
 
+Placement = Literal["loop", "vee"]
 CHUNKED = ("interleaved", "zbv")
 """Schedules whose ranks hold several chunks of layers."""
 
@@ -125,16 +126,20 @@ def scheduled(parallel: ParallelConf) -> list[str]:
     return []
 
 
-def virtual_stages(parallel: ParallelConf) -> list[tuple[int, ...]]:
-    """By pipeline rank the virtual stages (places in the model) of its chunks, as the schedule's plan places them."""
-    ranks, chunks = parallel.pipeline, chunks_per_rank(parallel)
-    if parallel.schedule == "zbv":
-        return [(rank, 2 * ranks - 1 - rank) for rank in range(ranks)]
-    return [tuple(range(rank, ranks * chunks, ranks)) for rank in range(ranks)]
+def placement(parallel: ParallelConf) -> Placement:
+    """How the schedule's plan places a rank's chunks in the model."""
+    return "vee" if parallel.schedule == "zbv" else "loop"
+
+
+def virtual_stages(pipeline: int, chunks: int, placement: Placement) -> list[tuple[int, ...]]:
+    """By pipeline rank the virtual stages (places in the model) of its chunks, as in `parallel.pipeline.plan`."""
+    if placement == "vee":
+        return [(rank, 2 * pipeline - 1 - rank)[:chunks] for rank in range(pipeline)]
+    return [tuple(range(rank, pipeline * chunks, pipeline)) for rank in range(pipeline)]
 
 
 def balanced_stages(
-    architecture: Architecture, pipeline: int, chunks: int = 1, placement: Literal["loop", "vee"] = "loop"
+    architecture: Architecture, pipeline: int, chunks: int = 1, placement: Placement = "loop"
 ) -> tuple[int, ...]:
     """Layers per virtual stage, in the order of the model: `pipeline * chunks` counts, each at least one.
 
@@ -145,10 +150,8 @@ def balanced_stages(
     a = architecture
     attention = a.width * a.head_dim * 2 * (a.num_heads + a.num_kv_heads)
     layer = attention + 3 * a.width * a.ffn_width
-    ranks = [
-        pipeline - 1 - v % pipeline if placement == "vee" and v >= pipeline else v % pipeline
-        for v in range(pipeline * chunks)
-    ]
+    holders = {v: rank for rank, held in enumerate(virtual_stages(pipeline, chunks, placement)) for v in held}
+    ranks = [holders[v] for v in range(pipeline * chunks)]
     return balanced(a.num_layers, layer, [0] * (len(ranks) - 1) + [a.vocab_size * a.width], ranks)
 
 

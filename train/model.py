@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from conf.layout import virtual_stages
+from conf.layout import chunks_per_rank, placement, virtual_stages
 from conf.schema import Config
 from kernels.dispatch import Ops
 from parallel.adapters import lora, prefix
@@ -152,7 +152,9 @@ def build_model(
     assert not isinstance(stages, str), "stages of an unchecked config"
     tune, architecture = config.tune, weights.architecture
     full = tune.kind == "full"
-    numbers = virtual_stages(config.parallel)[mesh.pipeline.rank]
+    parallel = config.parallel
+    held = virtual_stages(parallel.pipeline, chunks_per_rank(parallel), placement(parallel))
+    numbers = held[mesh.pipeline.rank]
     chunks = build_chunks(
         weights,
         mesh,

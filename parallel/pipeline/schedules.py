@@ -35,6 +35,7 @@ On 2 ranks of two chunks, 2 and 3 microbatches, each action half as long:
     rank 1 | .... F0   F0/1 F1   F1/1 I0/1 W0/1 F2   I0-- W0-- F2/1 I1/1 W1/1 I1-- I2/1 I2-- W1-- W2/1 W2--
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -180,6 +181,7 @@ SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
 )
 
 
+@functools.lru_cache(maxsize=64)  # a run asks for the same few in every step
 def make(schedule: str, stages: int, microbatches: int, chunks: int | None = None) -> Plan:
     """The verified plan of the named schedule; `chunks` per rank (virtual stages) default to the fewest it has.
 

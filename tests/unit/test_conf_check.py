@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from conf.check import check
-from conf.layout import balanced_stages, virtual_stages
+from conf.layout import balanced_stages, placement, virtual_stages
 from conf.load import load, read_saved, save
 from conf.schema import Architecture, Config, ConfigError, ParallelConf, RopeScaling
 from parallel.pipeline.plan import Action, Plan
@@ -218,7 +218,7 @@ class TestLayout:
         chunks = 1 if schedule == "1f1b" else 2
         parallel = ParallelConf(pipeline=ranks, schedule=schedule)  # pyright: ignore[reportArgumentType]
         plan = Plan(ranks, chunks, 0, ((),) * ranks, "vee" if schedule == "zbv" else "loop")
-        for rank, held in enumerate(virtual_stages(parallel)):
+        for rank, held in enumerate(virtual_stages(ranks, chunks, placement(parallel))):
             assert held == tuple(plan.virtual_stage(rank, Action("F", 0, chunk)) for chunk in range(chunks))
 
     def test_sequence_parallelism_needs_tensor_ranks(self) -> None:
